@@ -1,0 +1,7 @@
+"""``python -m patchreg``."""
+
+import sys
+
+from patchreg.cli.main import main
+
+sys.exit(main())

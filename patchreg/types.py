@@ -1,0 +1,16 @@
+"""Names for the shapes and choices that cross layers."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+Shape3: TypeAlias = tuple[int, int, int]
+"""Voxels along the three array dimensions (I, J, K)."""
+
+Spacing3: TypeAlias = tuple[float, float, float]
+"""Millimetres between neighbouring voxels along (I, J, K)."""
+
+Backend: TypeAlias = Literal["auto", "reference", "native"]
+Interpolation: TypeAlias = Literal["linear", "nearest", "label"]
+Padding: TypeAlias = Literal["zeros", "border"]
+Reduction: TypeAlias = Literal["mean", "sum", "none"]
