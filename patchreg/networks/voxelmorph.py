@@ -1,0 +1,67 @@
+"""VoxelMorph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchreg import ops
+from patchreg.errors import InputError
+from patchreg.networks.unet import UNet, pad_to_multiple
+
+
+class VoxelMorph(nn.Module):
+    """A U-Net from a pair of images to a displacement, optionally the flow of a stationary velocity.
+
+    Any size is taken: it is padded to a multiple of ``2**(levels - 1)`` and cut back. At the start of training the
+    displacement is close to zero.
+
+    Args:
+        encoder: width of every level, from full resolution down.
+        decoder: width of every upsampling step, from the coarsest up. One step fewer than the encoder has gives a
+            half-resolution flow, two fewer a quarter: much less memory and time, and a smoother field.
+        final: widths of further convolutions at the flow's resolution.
+        kernel_size: odd side of every kernel.
+        norm: instance normalisation after every convolution.
+        integration_steps: 0: the network's output is the displacement; otherwise it is a velocity, integrated by
+            scaling and squaring in this many steps at the flow's resolution (the diffeomorphic variant).
+        channels: of each image.
+
+    References:
+        Balakrishnan et al. 2019, arXiv:1809.05231, fig. 3; Dalca et al. 2018, arXiv:1805.04605, for the velocity.
+    """
+
+    def __init__(
+        self,
+        encoder: Sequence[int] = (16, 32, 32, 32, 32),
+        decoder: Sequence[int] = (32, 32, 32, 32),
+        final: Sequence[int] = (32, 16, 16),
+        kernel_size: int = 3,
+        norm: bool = False,
+        integration_steps: int = 0,
+        channels: int = 1,
+    ) -> None:
+        super().__init__()
+        if integration_steps < 0:
+            raise InputError(f"integration_steps must not be negative, got {integration_steps}")
+        self.unet = UNet(2 * channels, tuple(encoder), tuple(decoder), tuple(final), kernel_size, norm)
+        self.flow = nn.Conv3d(self.unet.channels_out, 3, kernel_size, padding=kernel_size // 2)
+        nn.init.normal_(self.flow.weight, std=1e-5)
+        nn.init.zeros_(self.flow.bias)  # type: ignore[arg-type]
+        self.integration_steps = integration_steps
+
+    def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
+        """Displacement (B, 3, I, J, K) float32, in voxels, from two images (B, C, I, J, K)."""
+        x, cut = pad_to_multiple(torch.cat([fixed, moving], dim=1), self.unet.multiple)
+        features = self.unet(x)
+        with torch.autocast(x.device.type, enabled=False):
+            flow = F.conv3d(features.float(), self.flow.weight, self.flow.bias, padding=self.flow.padding)
+            reduction = self.unet.reduction
+            if self.integration_steps:
+                flow = ops.integrate(flow / reduction, self.integration_steps) * reduction
+            if reduction > 1:
+                flow = F.interpolate(flow, scale_factor=reduction, mode="trilinear", align_corners=False)
+        return flow[:, :, cut[0], cut[1], cut[2]]
