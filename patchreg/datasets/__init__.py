@@ -1,0 +1,18 @@
+"""Pairs to train on: from files, from label maps, from nothing."""
+
+from patchreg.datasets.augmentation import WorldAugmentation
+from patchreg.datasets.modules import ManifestDataModule, PairDataModule, SynthesisDataModule
+from patchreg.datasets.pair import Pair
+from patchreg.datasets.phantom import BRAIN_LABELS, phantom
+from patchreg.datasets.synthesis import Synthesis
+
+__all__ = [
+    "BRAIN_LABELS",
+    "ManifestDataModule",
+    "Pair",
+    "PairDataModule",
+    "Synthesis",
+    "SynthesisDataModule",
+    "WorldAugmentation",
+    "phantom",
+]
