@@ -1,0 +1,9 @@
+"""Which patch, which transform, in which order."""
+
+from patchreg.cascade.cascade import PatchCascade
+from patchreg.cascade.chain import PreparedPair, StageOutput
+from patchreg.cascade.cover import Progress, Result
+from patchreg.cascade.prepared import Normalization, Prepared
+from patchreg.cascade.stage import Stage
+
+__all__ = ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Progress", "Result", "Stage", "StageOutput"]

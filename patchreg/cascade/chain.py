@@ -1,0 +1,136 @@
+"""Training: a chain of nested patches, each seen through the transform found so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from patchreg.cascade.prepared import Prepared
+from patchreg.cascade.stage import Stage
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedPair:
+    """Two images made ready, and where to start.
+
+    Args:
+        fixed: the image whose space the result lies in.
+        moving: the image that is moved.
+        initial: applied after everything the cascade finds; in training, the moving image's random deformation.
+        fixed_warp: the fixed image is seen through it; in training, its random deformation.
+    """
+
+    fixed: Prepared
+    moving: Prepared
+    initial: Transform = field(default_factory=Affine.identity)
+    fixed_warp: Transform = field(default_factory=Affine.identity)
+
+
+@dataclass(eq=False)
+class StageOutput:
+    """What one stage did to the patches of a batch.
+
+    Args:
+        index: which stage, from 0.
+        pairs: the pair that each of the N patches comes from.
+        grids: their place.
+        fixed: (N, C, I, J, K), normalised.
+        update_mm: (N, 3, I, J, K), what a deformable stage answered; None for an affine one.
+        fixed_points: the patch's points in the fixed image.
+        mapped: the patch's points in the moving image, under the whole chain, this stage included.
+        transforms: the chain after this stage, this stage's answer applied first.
+    """
+
+    index: int
+    pairs: list[PreparedPair]
+    grids: list[Grid]
+    fixed: Tensor
+    update_mm: Tensor | None
+    fixed_points: list[MappedGrid]
+    mapped: list[MappedGrid]
+    transforms: list[Transform]
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """(N, C, I, J, K): the moving image, sampled once through the whole chain; made when it is first wanted."""
+        return _patches(self.mapped, [pair.moving for pair in self.pairs])
+
+    @cached_property
+    def inside(self) -> Tensor:
+        """(N, 1, I, J, K) bool: where the moving image was there to be sampled."""
+        with torch.no_grad():
+            volumes = [pair.moving.volume for pair in self.pairs]
+            return torch.cat([m.inside(v.grid, v.device) for m, v in zip(self.mapped, volumes, strict=True)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """A patch of the chain so far: its pair, its place (None before the first stage) and its transform."""
+
+    pair: PreparedPair
+    grid: Grid | None
+    transform: Transform
+
+
+def train_chain(
+    stages: Sequence[Stage], pairs: Sequence[PreparedPair], stop_gradients: bool, generator: torch.Generator | None
+) -> list[StageOutput]:
+    """Draw a chain of nested patches for every pair and run the stages on it.
+
+    Memory depends on the number and size of the patches, never on the size of the images.
+
+    Args:
+        stages: coarse to fine.
+        pairs: of any sizes, spacings and orientations.
+        stop_gradients: whether a stage's loss leaves the stages before it alone.
+        generator: of the random patches.
+
+    Returns:
+        One output a stage and repeat; none for frozen stages.
+    """
+    outputs: list[StageOutput] = []
+    links = [_Link(pair, None, pair.initial) for pair in pairs]
+    for index, stage in enumerate(stages):
+        links = [
+            _Link(
+                link.pair,
+                stage.draw(link.pair.fixed.content, link.pair.fixed.volume.grid, link.grid, generator),
+                link.transform,
+            )
+            for link in links
+            for _ in range(stage.patches)
+        ]
+        for _ in range(stage.repeats):
+            if stop_gradients:
+                links = [_Link(link.pair, link.grid, link.transform.detach()) for link in links]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not stage.frozen):
+                output = _run(index, stage, links)
+            links = [_Link(link.pair, link.grid, t) for link, t in zip(links, output.transforms, strict=True)]
+            if not stage.frozen:
+                outputs.append(output)
+    return outputs
+
+
+def _run(index: int, stage: Stage, links: Sequence[_Link]) -> StageOutput:
+    pairs, grids = [link.pair for link in links], [link.grid for link in links if link.grid is not None]
+    fixed_points = [pair.fixed_warp.on(grid) for pair, grid in zip(pairs, grids, strict=True)]
+    fixed = _patches(fixed_points, [pair.fixed for pair in pairs])
+    before = [link.transform.on(grid) for link, grid in zip(links, grids, strict=True)]
+    answer = stage.predict(fixed, _patches(before, [pair.moving for pair in pairs]), grids)
+    transforms: list[Transform] = []
+    for link, grid, a in zip(links, grids, answer, strict=True):
+        step = Affine(a) if stage.predicts == "affine" else DisplacementField(grid, a[None])
+        transforms.append(Composite([step, link.transform]))
+    mapped = [t.on(grid) for t, grid in zip(transforms, grids, strict=True)]
+    update = None if stage.predicts == "affine" else answer
+    return StageOutput(index, pairs, grids, fixed, update, fixed_points, mapped, transforms)
+
+
+def _patches(points: Sequence[MappedGrid], images: Sequence[Prepared]) -> Tensor:
+    """The images at the points, (N, C, I, J, K), at the resolution of the patches."""
+    return torch.cat([p.sample(image.at(min(p.grid.spacing))) for p, image in zip(points, images, strict=True)])

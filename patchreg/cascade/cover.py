@@ -1,0 +1,128 @@
+"""Inference: every stage covers the image with overlapping patches and blends their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchreg.cascade.chain import PreparedPair
+from patchreg.cascade.stage import Stage
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform, Volume
+from patchreg.spatial.patches import Blend, tile, window
+from patchreg.types import Shape3
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, patches done and patches in all."""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a cascade found.
+
+    Args:
+        transform: fixed world to moving world; the last stage is applied first, the initial transform last.
+        affine: the part of it that the affine stages found, with the initial transform.
+        spread: how far the patches of the last deformable stage disagree, a standard deviation in mm, on the stage's
+            lattice. None where no stage has overlapping patches.
+    """
+
+    transform: Composite
+    affine: Transform
+    spread: Volume | None = None
+
+
+@torch.no_grad()
+def cover_all(
+    stages: Sequence[Stage],
+    pair: PreparedPair,
+    batch: int,
+    device: torch.device,
+    generator: torch.Generator,
+    passes: int | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Run all stages over the content of the fixed image.
+
+    Memory on the device: ``batch`` patches through a network. On the host: five volumes of a stage's lattice while it
+    runs, and three for its answer afterwards.
+
+    Args:
+        stages: coarse to fine.
+        pair: the images.
+        batch: patches that go through a network together.
+        device: where the networks run.
+        generator: of random passes.
+        passes: overrides the stages' own.
+        progress: told after every batch of patches.
+    """
+    chain: Transform = pair.initial
+    affine: Transform = pair.initial
+    spread: Volume | None = None
+    for number, stage in enumerate(stages, start=1):
+        name = f"stage {number} of {len(stages)}: {stage.predicts}"
+        lattice = stage.lattice(pair.fixed.content, pair.fixed.volume.grid)
+        for _ in range(stage.repeats):
+            if stage.predicts == "affine":
+                chain = Composite([_affine(stage, pair, chain, lattice, device), chain])
+                affine = chain
+                if progress:
+                    progress(name, 1, 1)
+                continue
+            blend, overlapping = _cover(stage, pair, chain, lattice, batch, device, generator, passes, name, progress)
+            chain = Composite([DisplacementField(lattice, blend.mean_mm()), chain])
+            if overlapping:
+                spread = Volume(blend.spread_mm()[0], lattice, "uncertainty")
+    return Result(Composite([chain]), affine, spread)
+
+
+def _affine(stage: Stage, pair: PreparedPair, chain: Transform, grid: Grid, device: torch.device) -> Affine:
+    fixed, moving = _patches(pair, chain, [grid], device)
+    return Affine(stage.predict(fixed, moving, [grid])[0])
+
+
+def _cover(
+    stage: Stage,
+    pair: PreparedPair,
+    chain: Transform,
+    lattice: Grid,
+    batch: int,
+    device: torch.device,
+    generator: torch.Generator,
+    passes: int | None,
+    name: str,
+    progress: Progress | None,
+) -> tuple[Blend, bool]:
+    patch: Shape3 = lattice.shape if stage.spacing == "image" else stage.patch_shape
+    starts = list(_starts(stage, lattice, patch, generator, passes or stage.passes))
+    weight = window(patch)
+    blend = Blend.empty(lattice)
+    for done in range(0, len(starts), batch):
+        some = starts[done : done + batch]
+        grids = [lattice.crop(start, patch) for start in some]
+        fixed, moving = _patches(pair, chain, grids, device)
+        answer = stage.predict(fixed, moving, grids)
+        for start, displacement in zip(some, answer, strict=True):
+            blend.add(start, displacement[None], weight)
+        if progress:
+            progress(name, min(done + batch, len(starts)), len(starts))
+    return blend, len(starts) > 1
+
+
+def _starts(stage: Stage, lattice: Grid, patch: Shape3, generator: torch.Generator, passes: int) -> Iterator[Shape3]:
+    yield from tile(lattice.shape, patch, stage.overlap)
+    if lattice.shape != patch:
+        for _ in range(passes - 1):
+            yield from tile(lattice.shape, patch, stage.overlap, generator)
+
+
+def _patches(
+    pair: PreparedPair, chain: Transform, grids: Sequence[Grid], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    spacing = min(grids[0].spacing)
+    fixed, moving = pair.fixed.at(spacing), pair.moving.at(spacing)
+    fixed_patches = [MappedGrid.identity(grid).sample(fixed).to(device) for grid in grids]
+    moving_patches = [chain.on(grid).sample(moving).to(device) for grid in grids]
+    return torch.cat(fixed_patches), torch.cat(moving_patches)
