@@ -1,0 +1,156 @@
+"""The LightningModule around a cascade."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor
+
+from patchreg.cascade import PatchCascade, PreparedPair, Result
+from patchreg.cascade.storage import load_matching, model_folder
+from patchreg.datasets import Pair
+from patchreg.errors import InputError
+from patchreg.training.evaluation import Evaluation, evaluate
+from patchreg.training.objective import Objective
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW with a linear warm-up and a cosine decay, both counted in steps.
+
+    Args:
+        learning_rate: at its highest.
+        weight_decay: of AdamW.
+        warmup_steps: from a hundredth of the learning rate up.
+        final_fraction: of the learning rate at the end of training.
+        betas: of AdamW.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    final_fraction: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+
+
+class RegistrationModule(L.LightningModule):
+    """Trains, validates and runs a cascade.
+
+    Training draws chains of patches; validation and testing register whole images as :func:`patchreg.register` does,
+    without its refinement.
+
+    Args:
+        cascade: the model.
+        objective: what to minimise.
+        optimization: how.
+        patch_batch: patches that go through a network together in validation.
+        initial_model: a model of the zoo or a run's folder ``model`` to start from: weights of the same name and shape
+            are taken over. For fine-tuning, and for training a cascade stage after stage.
+    """
+
+    def __init__(
+        self,
+        cascade: PatchCascade,
+        objective: Objective,
+        optimization: Optimization | None = None,
+        patch_batch: int = 4,
+        initial_model: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.cascade, self.objective = cascade, objective
+        self.optimization = optimization or Optimization()
+        self.patch_batch = patch_batch
+        if initial_model is not None:
+            taken, own = load_matching(cascade, model_folder(initial_model))
+            log.info("%d of %d weight tensors taken from %s", taken, own, initial_model)
+
+    def prepare(self, pair: Pair) -> PreparedPair:
+        """Make both images of a pair ready for the cascade."""
+        fixed = self.cascade.prepare(pair.fixed, pair.fixed_labels)
+        moving = self.cascade.prepare(pair.moving, pair.moving_labels)
+        return PreparedPair(fixed, moving, pair.moving_warp, pair.fixed_warp)
+
+    def forward(self, batch: Sequence[Pair]) -> list[Result]:
+        """Register every pair of a batch."""
+        return [self.register(self.prepare(pair)) for pair in batch]
+
+    def register(self, pair: PreparedPair) -> Result:
+        """Register one pair, covering the whole image."""
+        return self.cascade.register(pair.fixed, pair.moving, pair.initial, batch=self.patch_batch)
+
+    def training_step(self, batch: Sequence[Pair], batch_idx: int) -> Tensor:
+        outputs = self.cascade([self.prepare(pair) for pair in batch])
+        total, terms = self.objective(outputs)
+        if not bool(torch.isfinite(total)):
+            names = ", ".join(pair.name for pair in batch)
+            raise InputError(
+                f"the loss is {float(total)} at step {self.global_step} ({names}): lower the learning rate, or look at these images"
+            )
+        self.log("train/loss", total, prog_bar=True, batch_size=len(batch))
+        self.log_dict({f"train/{name}": value for name, value in terms.items()}, batch_size=len(batch))
+        return total
+
+    def validation_step(self, batch: Sequence[Pair], batch_idx: int) -> Any:
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: Sequence[Pair], batch_idx: int) -> Any:
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Sequence[Pair], batch_idx: int) -> list[tuple[Pair, Result]]:
+        return list(zip(batch, self(batch), strict=True))
+
+    def _evaluate(self, batch: Sequence[Pair], split: str) -> list[Evaluation]:
+        found = []
+        for pair in batch:
+            prepared = self.prepare(pair)
+            result = self.register(prepared)
+            evaluation = evaluate(prepared, result, self.objective.labels)
+            for name, value in evaluation.metrics.items():
+                if math.isfinite(value):
+                    shown = name in ("dice", "similarity")
+                    self.log(
+                        f"{split}/{name}",
+                        value,
+                        prog_bar=shown,
+                        on_epoch=True,
+                        on_step=False,
+                        batch_size=1,
+                        sync_dist=True,
+                    )
+            found.append(evaluation)
+        return found
+
+    def configure_optimizers(self) -> Any:
+        settings = self.optimization
+        optimizer = torch.optim.AdamW(
+            [p for p in self.parameters() if p.requires_grad],
+            settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        if steps < 1:
+            raise InputError("training has no end: set trainer.max_steps or trainer.max_epochs, the schedule needs it")
+        warmup = min(settings.warmup_steps, steps // 2)
+        scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, steps - warmup),
+            lr_min=settings.learning_rate * settings.final_fraction,
+            warmup_t=warmup,
+            warmup_lr_init=settings.learning_rate / 100,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step_update(num_updates=self.global_step)

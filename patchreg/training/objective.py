@@ -1,0 +1,110 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patchreg.cascade import Prepared, StageOutput
+from patchreg.errors import InputError
+from patchreg.losses import LabelSet, SoftDice, centroid_distance_mm
+from patchreg.spatial import MappedGrid, Volume
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A weighted sum over stages of similarity, regularity, and overlap of labels where there are any.
+
+    Args:
+        similarity: a loss of (fixed, moved, mask), such as :class:`patchreg.losses.LNCC`. None: labels alone.
+        regularity: a loss of (displacement in mm, spacing in mm) on what a deformable stage adds, such as
+            :class:`patchreg.losses.Diffusion`.
+        similarity_weight: weight of the similarity.
+        regularity_weight: its weight; a list has one for every stage.
+        labels: label values whose overlap counts.
+        overlap_weight: weight of soft Dice over ``labels``, in deformable stages.
+        centroid_weight: weight, per cm, of the distance between centres of ``labels``, in affine stages.
+        stage_weights: weight of every stage's sum. None: one each.
+        masked: leave out of the similarity where the moving image was not there to be sampled.
+
+    Raises:
+        InputError: nothing to minimise, or weights without labels.
+    """
+
+    similarity: nn.Module | None
+    regularity: nn.Module | None
+    similarity_weight: float = 1.0
+    regularity_weight: float | list[float] = 1.0
+    labels: list[int] | None = None
+    overlap_weight: float = 0.0
+    centroid_weight: float = 0.0
+    stage_weights: list[float] | None = None
+    masked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.similarity is None and self.overlap_weight == 0 and self.centroid_weight == 0:
+            raise InputError("the objective has nothing to minimise: give a similarity, or labels and their weights")
+        if (self.overlap_weight or self.centroid_weight) and not self.labels:
+            raise InputError("overlap_weight and centroid_weight need labels")
+
+    def __call__(self, outputs: Sequence[StageOutput]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and every term by name (``stage0/similarity``, ...) before weighting."""
+        total: Tensor | None = None
+        terms: dict[str, Tensor] = {}
+        for output in outputs:
+            weight = 1.0 if self.stage_weights is None else _pick(self.stage_weights, output.index, "stage_weights")
+            for name, factor, value in self._terms(output):
+                key = f"stage{output.index}/{name}"
+                terms[key] = value.detach()  # of the last repeat
+                part = weight * factor * value.to(output.fixed.device, torch.float32)
+                total = part if total is None else total + part
+        if total is None or not total.requires_grad:
+            raise InputError("no term of the objective applies to these pairs: do they have labels?")
+        return total, terms
+
+    def _terms(self, output: StageOutput) -> list[tuple[str, float, Tensor]]:
+        found: list[tuple[str, float, Tensor]] = []
+        if self.similarity is not None:
+            with torch.autocast(output.fixed.device.type, enabled=False):
+                mask = output.inside if self.masked and bool(output.inside.any()) else None
+                value = self.similarity(output.fixed.float(), output.moved.float(), mask)
+            found.append(("similarity", self.similarity_weight, value))
+        if output.update_mm is not None and self.regularity is not None:
+            rough = [self.regularity(u[None], g.spacing) for u, g in zip(output.update_mm, output.grids, strict=True)]
+            weight = self.regularity_weight
+            factor = weight if isinstance(weight, (int, float)) else _pick(weight, output.index, "regularity_weight")
+            found.append(("regularity", factor, torch.stack(rough).mean()))
+        labels = None if self.labels is None else LabelSet(self.labels)
+        if labels is not None and output.update_mm is not None and self.overlap_weight:
+            fixed, moving = _labelled(output, True), _labelled(output, False)
+            if fixed and moving:
+                found.append(("overlap", self.overlap_weight, SoftDice(labels)(fixed, moving)))
+        if labels is not None and output.update_mm is None and self.centroid_weight:
+            distances = [
+                centroid_distance_mm(f.at(4.0), m.at(4.0), pair.fixed_warp, transform, labels)
+                for pair, transform in zip(output.pairs, output.transforms, strict=True)
+                if (f := pair.fixed.labels) is not None and (m := pair.moving.labels) is not None
+            ]
+            if distances:
+                found.append(("centroids_mm", self.centroid_weight / 10, torch.stack(distances).mean()))
+        return found
+
+
+def _labelled(output: StageOutput, fixed: bool) -> list[tuple[MappedGrid, Volume]]:
+    """The patches whose pairs have labels, with the label map of one image at the patch's resolution."""
+    found = []
+    for pair, of_fixed, of_moving in zip(output.pairs, output.fixed_points, output.mapped, strict=True):
+        points, image = (of_fixed, pair.fixed) if fixed else (of_moving, pair.moving)
+        other: Prepared = pair.moving if fixed else pair.fixed
+        if image.labels is not None and other.labels is not None:
+            found.append((points, image.labels.at(min(points.grid.spacing))))
+    return found
+
+
+def _pick(values: Sequence[float], index: int, name: str) -> float:
+    if index >= len(values):
+        raise InputError(f"{name} has {len(values)} numbers, but the cascade has a stage {index + 1}")
+    return values[index]
