@@ -1,0 +1,93 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+LIGHTNING = {
+    "fit": "train a model from a configuration",
+    "validate": "measure a checkpoint on the validation pairs",
+    "test": "measure a checkpoint on the test pairs",
+    "predict": "register the test pairs and write their transforms",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``patchreg``.
+
+    Returns:
+        0 when the output is written and valid; 2 for wrong usage or bad input, told in one sentence on stderr.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = any(a in ("-v", "--verbose") for a in given)
+    _set_up_logging(verbose)
+    if given and given[0] in LIGHTNING:
+        return _reporting(lambda: _lightning(given), verbose)
+    options = _parser().parse_args(given)
+    command: Callable[[argparse.Namespace], None] = options.command
+    return _reporting(lambda: command(options), verbose)
+
+
+def _lightning(arguments: list[str]) -> None:
+    from patchreg.cli.lightning import run
+
+    run(arguments)
+
+
+def _reporting(action: Callable[[], None], verbose: bool) -> int:
+    from patchreg.errors import PatchregError
+
+    try:
+        action()
+    except PatchregError as error:
+        if verbose:
+            logging.getLogger("patchreg").exception("where it happened")
+        print(f"patchreg: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader went away, as in `patchreg models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("patchreg: stopped; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _set_up_logging(verbose: bool) -> None:
+    from rich.logging import RichHandler
+
+    from patchreg.cli.progress import STDERR
+
+    handler = RichHandler(console=STDERR, show_time=False, show_path=False, markup=False, highlighter=None)
+    logger = logging.getLogger("patchreg")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from patchreg import __version__
+    from patchreg.cli import commands
+
+    parser = argparse.ArgumentParser(
+        prog="patchreg",
+        description="3-D image registration with networks, for volumes of any size, spacing and orientation. For research, not for clinical use.",
+        epilog="'patchreg COMMAND --help' tells more. Start with: patchreg demo -o demo",
+    )
+    parser.add_argument("--version", action="version", version=f"patchreg {__version__}")
+    found = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, text in LIGHTNING.items():
+        found.add_parser(name, help=text, add_help=False)
+    for add in (
+        commands.add_register, commands.add_apply, commands.add_evaluate, commands.add_models, commands.add_kernels,
+        commands.add_demo,
+    ):  # fmt: skip
+        add(found)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+"""A pair of images in, a transform out."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning
+import torch
+
+import patchreg
+from patchreg.cascade import PatchCascade, Prepared
+from patchreg.errors import InputError
+from patchreg.inference.initial import best_start, starting_points
+from patchreg.inference.memory import peak_memory_mib
+from patchreg.inference.pretrained import DEFAULT_MODEL, load_model, model_identity
+from patchreg.inference.refine import Refinement, deformable_part, refine_affine, refine_deformable, similarity
+from patchreg.inference.registration import Registration, folding_of
+from patchreg.io import Image, read_image, read_transform
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["rigid", "affine", "deformable"]
+Progress = Callable[[str, int, int], None]
+
+FIELD_SPACING_MM = 1.0
+
+
+def register(
+    fixed: Any,
+    moving: Any,
+    model: str | Path | PatchCascade = DEFAULT_MODEL,
+    transform: Kind = "deformable",
+    refine: bool = True,
+    fixed_mask: Any = None,
+    moving_mask: Any = None,
+    moving_labels: Any = None,
+    initial_transform: str | Path | Transform | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    passes: int | None = None,
+    refinement: Refinement | None = None,
+    progress: Progress | None = None,
+) -> Registration:
+    """Register two images.
+
+    Args:
+        fixed: the image whose space the result lies in: a path, a nibabel image or a torchio image, of any size,
+            spacing and orientation.
+        moving: the image that is moved.
+        model: a model of the zoo by name, a folder, or a cascade.
+        transform: ``"rigid"``, ``"affine"`` or ``"deformable"``.
+        refine: optimise the result on this pair.
+        fixed_mask: where the fixed image counts; voxels that are not zero.
+        moving_mask: the same for the moving image. Masks say where content lies and where similarity is measured.
+        moving_labels: a label map of the moving image, to be moved along.
+        initial_transform: where to start, fixed world to moving world. None: the headers, or centres of mass, whichever
+            leads to a better affine map.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        seed: of the random patches of further passes.
+        passes: times each deformable stage covers the image with other patches; more give a finer uncertainty.
+        refinement: settings of the optimisation.
+        progress: called with the step's name, parts done and parts in all.
+
+    Returns:
+        The transform, and what can be made with it.
+
+    Raises:
+        InputError: an image, mask, model or setting that cannot be used; the message says which and what to do.
+    """
+    if transform not in ("rigid", "affine", "deformable"):
+        raise InputError(f"transform must be 'rigid', 'affine' or 'deformable', got {transform!r}")
+    settings = refinement or Refinement()
+    clock = _Clock()
+    target = find_device(device)
+    if target.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(target)
+    with clock("read"):
+        images = _read(fixed, moving, fixed_mask, moving_mask, moving_labels)
+        start = _initial(initial_transform)
+    with clock("load model"):
+        cascade = (model if isinstance(model, PatchCascade) else load_model(model)).to(target)
+        identity = {"name": "given as a module"} if isinstance(model, PatchCascade) else model_identity(model)
+    with clock("prepare"):
+        fixed_ready = cascade.prepare(images.fixed.volume, mask=_volume(images.fixed_mask))
+        moving_ready = cascade.prepare(images.moving.volume, mask=_volume(images.moving_mask))
+    with clock("affine"):
+        starts = [("given", start)] if start is not None else starting_points(fixed_ready, moving_ready)
+        name, began, affine = _affine(
+            cascade, fixed_ready, moving_ready, starts, transform, refine, settings, target, seed, progress
+        )
+    found: Transform = affine
+    uncertainty: Volume | None = None
+    if transform == "deformable":
+        with clock("cascade"):
+            result = cascade.register(
+                fixed_ready, moving_ready, affine, "deformable", passes=passes, seed=seed, progress=progress
+            )
+            found, uncertainty = result.transform, result.spread
+        if refine:
+            with clock("refine"):
+                found = refine_deformable(fixed_ready, moving_ready, found, settings, target, progress)
+    with clock("collapse"):
+        total = collapse(found, images.fixed.volume.grid)
+    affine_part = total.affine_part()
+    folding, jacobian_std = folding_of(total, _field_grid(images.fixed.volume.grid))
+    summary: dict[str, Any] = {
+        "patchreg": patchreg.__version__,
+        "fixed": images.fixed.path,
+        "moving": images.moving.path,
+        "transform": transform,
+        "model": identity,
+        "refined": refine,
+        "seed": seed,
+        "start": name,
+        "similarity": {
+            "measure": "lncc at 2 mm" if settings.similarity == "lncc" else "mutual information at 2 mm",
+            "before": round(similarity(fixed_ready, moving_ready, began, settings, 2.0), 5),
+            "affine": round(similarity(fixed_ready, moving_ready, affine, settings, 2.0), 5),
+            "after": round(similarity(fixed_ready, moving_ready, total, settings, 2.0), 5),
+        },
+        "folding_percent": round(folding, 5),
+        "log_jacobian_std": round(jacobian_std, 5),
+        "seconds": clock.seconds,
+        "peak_memory_mib": peak_memory_mib(target),
+        "device": str(target),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        },
+    }
+    return Registration(
+        total,
+        affine_part,
+        began,
+        images.fixed,
+        images.moving,
+        images.moving_labels,
+        fixed_ready.content,
+        uncertainty,
+        summary,
+    )
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "device 'cuda' was asked for, but torch sees no GPU: use --device cpu, or install a CUDA build of torch"
+        )
+    return device
+
+
+def collapse(transform: Transform, fixed: Grid) -> Composite:
+    """``Composite([D, A])`` with one displacement field over the fixed image, as ITK and ANTs like it.
+
+    The field's lattice has the fixed image's directions, reaches one voxel beyond it, and is at least 1 mm apart.
+    Where there is no deformation the affine map alone is returned.
+    """
+    composite = Composite([transform])
+    if all(isinstance(part, Affine) for part in composite.transforms):
+        return Composite([composite.affine_part()])
+    grid = _field_grid(fixed)
+    u, affine = deformable_part(composite, grid)
+    return Composite([DisplacementField(grid, u), affine])
+
+
+def _field_grid(fixed: Grid) -> Grid:
+    direction = fixed.direction
+    if float((direction.T @ direction - torch.eye(3, dtype=torch.float64)).abs().max()) > 1e-4:
+        low, high = fixed.bounds()  # sheared: ITK has no such fields, so cover it by a world-aligned one
+        step = max(FIELD_SPACING_MM, min(fixed.spacing))
+        shape = ((high - low) / step).ceil().long() + 2
+        return Grid.aligned((low + high) / 2, shape.tolist(), step)
+    return fixed.with_spacing([max(FIELD_SPACING_MM, s) for s in fixed.spacing]).padded(1)
+
+
+@dataclass(frozen=True)
+class _Images:
+    fixed: Image
+    moving: Image
+    fixed_mask: Image | None
+    moving_mask: Image | None
+    moving_labels: Image | None
+
+
+def _read(fixed: Any, moving: Any, fixed_mask: Any, moving_mask: Any, moving_labels: Any) -> _Images:
+    def optional(source: Any, kind: Literal["mask", "labels"]) -> Image | None:
+        return None if source is None else read_image(source, kind)
+
+    return _Images(
+        read_image(fixed),
+        read_image(moving),
+        optional(fixed_mask, "mask"),
+        optional(moving_mask, "mask"),
+        optional(moving_labels, "labels"),
+    )
+
+
+def _initial(given: str | Path | Transform | None) -> Transform | None:
+    return read_transform(Path(given)) if isinstance(given, (str, Path)) else given
+
+
+def _volume(image: Image | None) -> Volume | None:
+    return None if image is None else image.volume
+
+
+def _affine(
+    cascade: PatchCascade,
+    fixed: Prepared,
+    moving: Prepared,
+    starts: list[tuple[str, Transform]],
+    kind: Kind,
+    refine: bool,
+    settings: Refinement,
+    device: torch.device,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[str, Transform, Transform]:
+    """The name of the best start, the start itself, and the rigid or affine chain that was found from it."""
+    tried: list[tuple[str, Transform, float]] = []
+    began = dict(starts)
+    for name, start in starts:
+        found = cascade.register(fixed, moving, start, "affine", seed=seed, progress=progress).affine
+        if kind == "rigid":
+            found = _rigid(found, start, fixed)
+        if refine:
+            step = refine_affine(fixed, moving, found, settings, kind == "rigid", device, progress)
+            found = Composite([step, found])
+        tried.append((name, found, similarity(fixed, moving, found, settings, settings.affine_spacing_mm)))
+    name, chain = best_start(tried)
+    return name, began[name], chain
+
+
+def _rigid(found: Transform, start: Transform, fixed: Prepared) -> Transform:
+    """What the affine stages added, made rigid, before the start."""
+    before = Composite([start]).affine_part()
+    added = Affine(before.inverse().matrix @ Composite([found]).affine_part().matrix)
+    return Composite([added.rigid_at(fixed.content.center_mm), start])
+
+
+@dataclass
+class _Clock:
+    """Seconds by step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(time.perf_counter() - start, 3)
+        log.debug("%s: %.2f s", step, self.seconds[step])

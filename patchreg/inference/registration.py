@@ -1,0 +1,144 @@
+"""The result of a registration, and its files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchreg.io import Image, Storage, staged_folder, write_image, write_transform, write_vectors
+from patchreg.spatial import (
+    Affine,
+    Composite,
+    DisplacementField,
+    Foreground,
+    Grid,
+    Transform,
+    Volume,
+    folding_percent,
+    invert,
+    jacobian_determinant,
+)
+from patchreg.types import Interpolation
+
+SLAB_VOXELS = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """A transform from the fixed to the moving image, with what belongs to it.
+
+    Args:
+        transform: ``Composite([D, A])``, a displacement field over the fixed image and then an affine map; world RAS mm.
+        affine: the affine or rigid part alone.
+        initial: where it started.
+        fixed: the fixed image.
+        moving: the moving image.
+        moving_labels: the moving label map, if given.
+        content: where the fixed image's content lies.
+        uncertainty: standard deviation in mm between overlapping patches, on the last stage's lattice; None where
+            nothing overlapped.
+        summary: similarities, seconds by step, peak memory, folding, versions, seed, model.
+    """
+
+    transform: Composite
+    affine: Affine
+    initial: Transform
+    fixed: Image
+    moving: Image
+    moving_labels: Image | None
+    content: Foreground
+    uncertainty: Volume | None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def moved(self) -> Volume:
+        """The moving image on the fixed grid, float32, interpolated once."""
+        return resample(self.moving.volume, self.transform, self.fixed.volume.grid)
+
+    def moved_labels(self) -> Volume:
+        """The moving labels on the fixed grid: every voxel has the label with the most weight around its point.
+
+        Raises:
+            ValueError: no labels were given.
+        """
+        if self.moving_labels is None:
+            raise ValueError("no moving labels were given to register()")
+        return resample(self.moving_labels.volume, self.transform, self.fixed.volume.grid, "label")
+
+    def save(self, folder: str | Path) -> Path:
+        """Write every output into a folder, which appears (or changes) only when all is written.
+
+        ``moved.nii.gz``, ``moved_labels.nii.gz``, ``transform.h5``, ``displacement.nii.gz``,
+        ``inverse_displacement.nii.gz``, ``summary.json`` and ``report.html``.
+
+        Raises:
+            OutputError: the folder cannot be written, or the disk is full.
+        """
+        from patchreg.inference.report import write_report
+
+        target = Path(folder)
+        with staged_folder(target) as out:
+            grid = self.fixed.volume.grid
+            write_image(out / "moved.nii.gz", self.moved(), self.fixed, self.moving.storage)
+            if self.moving_labels is not None:
+                write_image(
+                    out / "moved_labels.nii.gz", self.moved_labels(), self.fixed, label_storage(self.moving_labels)
+                )
+            write_transform(out / "transform.h5", self.transform)
+            write_vectors(out / "displacement.nii.gz", displacement_on(self.transform, grid), grid, self.fixed.header)
+            back, residual = inverse_on(self.transform, self.moving.volume.grid)
+            write_vectors(out / "inverse_displacement.nii.gz", back, self.moving.volume.grid, self.moving.header)
+            self.summary["inverse_residual_mm"] = residual
+            (out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+            write_report(out / "report.html", self)
+        return target
+
+
+def label_storage(image: Image) -> Storage:
+    """Labels are stored as they came, but never scaled and never as floats of a size that loses whole numbers."""
+    return (
+        image.storage
+        if (image.storage.slope, image.storage.intercept) == (1.0, 0.0)
+        else Storage(torch.zeros(1, dtype=torch.int32).numpy().dtype)
+    )
+
+
+def resample(volume: Volume, transform: Transform, grid: Grid, mode: Interpolation = "linear") -> Volume:
+    """A volume through a transform on a grid, slab by slab.
+
+    As in ITK, a point within half a voxel of the image takes the nearest voxel's value, and what lies further out is
+    zero.
+    """
+    out = torch.empty((volume.data.shape[0], *grid.shape), dtype=volume.data.dtype)
+    for where, slab in grid.slabs(SLAB_VOXELS):
+        mapped = transform.on(slab)
+        values = mapped.sample(volume, mode=mode, padding="border")
+        out[:, where] = torch.where(mapped.inside(volume.grid), values, torch.zeros((), dtype=values.dtype))[0]
+    return Volume(out, grid, volume.name)
+
+
+def displacement_on(transform: Transform, grid: Grid) -> Tensor:
+    """``T(x) - x`` at every voxel of a grid, (1, 3, I, J, K) mm, slab by slab."""
+    out = torch.empty((1, 3, *grid.shape))
+    for where, slab in grid.slabs(SLAB_VOXELS):
+        out[:, :, where] = transform.on(slab).total_displacement_mm()
+    return out
+
+
+def inverse_on(transform: Transform, grid: Grid) -> tuple[Tensor, dict[str, float]]:
+    """``T^-1(y) - y`` at every voxel of a grid, (1, 3, I, J, K) mm, and its residuals."""
+    found = invert(transform, grid)
+    return found.displacement_mm, {"mean": round(found.residual_mean_mm, 6), "max": round(found.residual_max_mm, 6)}
+
+
+def folding_of(transform: Composite, grid: Grid) -> tuple[float, float]:
+    """Percentage of folded voxels, and standard deviation of the log-Jacobian, over a grid."""
+    fields = [t for t in transform.transforms if isinstance(t, DisplacementField)]
+    if not fields:
+        return 0.0, 0.0
+    determinant = jacobian_determinant(transform.on(grid))
+    return folding_percent(determinant), float(determinant.clamp(min=1e-6).log().std())
