@@ -24,8 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = any(a in ("-v", "--verbose") for a in given)
-    _set_up_logging(verbose)
-    if given and given[0] in LIGHTNING:
+    training = bool(given) and given[0] in LIGHTNING
+    _set_up_logging(logging.DEBUG if verbose else logging.INFO if training else logging.WARNING)
+    if training:
         return _reporting(lambda: _lightning(given), verbose)
     options = _parser().parse_args(given)
     command: Callable[[argparse.Namespace], None] = options.command
@@ -57,7 +58,7 @@ def _reporting(action: Callable[[], None], verbose: bool) -> int:
     return 0
 
 
-def _set_up_logging(verbose: bool) -> None:
+def _set_up_logging(level: int) -> None:
     from rich.logging import RichHandler
 
     from patchreg.cli.progress import STDERR
@@ -65,7 +66,7 @@ def _set_up_logging(verbose: bool) -> None:
     handler = RichHandler(console=STDERR, show_time=False, show_path=False, markup=False, highlighter=None)
     logger = logging.getLogger("patchreg")
     logger.handlers = [handler]
-    logger.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    logger.setLevel(level)
 
 
 def _parser() -> argparse.ArgumentParser:

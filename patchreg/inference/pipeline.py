@@ -18,11 +18,11 @@ import patchreg
 from patchreg.cascade import PatchCascade, Prepared
 from patchreg.errors import InputError
 from patchreg.inference.initial import best_start, starting_points
-from patchreg.inference.memory import peak_memory_mib
 from patchreg.inference.pretrained import DEFAULT_MODEL, load_model, model_identity
 from patchreg.inference.refine import Refinement, deformable_part, refine_affine, refine_deformable, similarity
 from patchreg.inference.registration import Registration, folding_of
 from patchreg.io import Image, read_image, read_transform
+from patchreg.memory import peak_mib
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def register(
         "folding_percent": round(folding, 5),
         "log_jacobian_std": round(jacobian_std, 5),
         "seconds": clock.seconds,
-        "peak_memory_mib": peak_memory_mib(target),
+        "peak_memory_mib": peak_mib(target),
         "device": str(target),
         "versions": {
             "python": platform.python_version(),

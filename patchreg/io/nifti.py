@@ -136,8 +136,7 @@ def write(path: Path, data: Tensor, grid: Grid, like: nib.Nifti1Header, storage:
     array = data.detach().cpu().numpy()
     if storage is not None:
         array = _stored(array, storage)
-    image = nib.Nifti1Image(array, grid.affine.numpy(), _header_for(like, grid))
-    image.set_data_dtype(array.dtype)
+    image = _image(array, grid, like)
     if storage is not None and (storage.slope, storage.intercept) != (1.0, 0.0):
         image.header.set_slope_inter(storage.slope, storage.intercept)
     nib.save(image, path)
@@ -148,8 +147,7 @@ def write_vectors(path: Path, displacement_mm: Tensor, grid: Grid, like: nib.Nif
     check_suffix(path)
     array = displacement_mm.detach().cpu().float().numpy()[0].transpose(1, 2, 3, 0)[:, :, :, None]
     array = array * np.array([-1, -1, 1], dtype=np.float32)
-    image = nib.Nifti1Image(array, grid.affine.numpy(), _header_for(like, grid))
-    image.set_data_dtype(np.float32)
+    image = _image(array, grid, like)
     image.header.set_intent(VECTOR_INTENT, name="displacement")
     nib.save(image, path)
 
@@ -160,17 +158,16 @@ def check_suffix(path: Path) -> None:
         raise InputError(f"{path}: images are written as NIfTI; end the name in .nii or .nii.gz")
 
 
-def _header_for(like: nib.Nifti1Header, grid: Grid) -> nib.Nifti1Header:
-    header = nib.Nifti1Header()
-    header.set_xyzt_units(*like.get_xyzt_units())
+def _image(array: np.ndarray, grid: Grid, like: nib.Nifti1Header) -> nib.Nifti1Image:
+    """An image on a grid with the units and orientation codes of another, stored as the array is."""
+    affine, direction = grid.affine.numpy(), grid.direction.numpy()
+    image = nib.Nifti1Image(array, affine, dtype=array.dtype)
+    image.header.set_xyzt_units(*like.get_xyzt_units())
     code = int(like["sform_code"]) or int(like["qform_code"]) or 1
-    affine = grid.affine.numpy()
-    header.set_data_shape(grid.shape)
-    header.set_sform(affine, code=code)
-    direction = grid.direction
-    orthogonal = bool(abs(direction.T @ direction - np.eye(3)).max() < 1e-4)
-    header.set_qform(affine, code=code if orthogonal else 0, strip_shears=True)
-    return header
+    orthogonal = bool(np.abs(direction.T @ direction - np.eye(3)).max() < 1e-4)
+    image.header.set_sform(affine, code=code)
+    image.header.set_qform(affine, code=code if orthogonal else 0, strip_shears=True)
+    return image
 
 
 def _stored(values: np.ndarray, storage: Storage) -> np.ndarray:

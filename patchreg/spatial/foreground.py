@@ -64,8 +64,8 @@ def otsu_threshold(values: Tensor) -> float:
     mean = (counts * centers).cumsum(0)
     total, overall = weight[-1], mean[-1]
     between = (overall * weight - total * mean).square() / (weight * (total - weight)).clamp(min=1)
-    best = int(between[:-1].argmax())
-    return low + (high - low) * (best + 1) / BINS
+    best = (between[:-1] >= between[:-1].max() * (1 - 1e-9)).nonzero().double().mean()  # the middle of an empty gap
+    return low + (high - low) * (float(best) + 1) / BINS
 
 
 @dataclass(frozen=True)

@@ -144,11 +144,6 @@ class Grid:
         """The grid with ``voxels`` more on every side."""
         return self.crop((-voxels,) * 3, [n + 2 * voxels for n in self.shape])
 
-    def pooled(self, factors: Sequence[int]) -> Grid:
-        """The lattice of the centres of blocks of ``factors`` voxels; the last block along a dimension may be cut."""
-        shape = [-(-n // f) for n, f in zip(self.shape, factors, strict=True)]
-        return self.subsampled(factors, [(f - 1) / 2 for f in factors], shape)
-
     def subsampled(self, factors: Sequence[float], start: Sequence[float], shape: Sequence[int]) -> Grid:
         """The lattice that starts at index ``start`` and steps by ``factors`` voxels of this one."""
         affine = self.affine.clone()

@@ -14,12 +14,12 @@ from patchreg.spatial.grid import Grid
 from patchreg.types import Shape3
 
 
-def cover(length: int, patch: int, overlap: float, shift: float = 0.0) -> list[int]:
+def cover(length: int, patch: int, overlap: float, generator: torch.Generator | None = None) -> list[int]:
     """First voxels of the patches that cover ``length`` voxels along one dimension.
 
     Neighbours overlap by at least ``overlap`` of a patch, spread evenly so that the first starts at 0 and the last
-    ends at the end. ``shift`` from -1 to 1 moves the inner ones by up to the overlap they have to spare, so that
-    random shifts give other patches that still cover everything.
+    ends at the end. With a ``generator`` there is one patch more, and the inner ones are moved together at random as
+    far as everything stays covered.
 
     Raises:
         InputError: an overlap outside [0, 1), or a patch longer than ``length``.
@@ -31,18 +31,20 @@ def cover(length: int, patch: int, overlap: float, shift: float = 0.0) -> list[i
     if patch == length:
         return [0]
     stride = max(1, math.floor(patch * (1 - overlap)))
-    count = math.ceil((length - patch) / stride) + 1
-    exact = (length - patch) / (count - 1)
-    spare = max(0.0, patch - exact) / 2
-    starts = [round(min(max(i * exact + shift * spare, 0), length - patch)) for i in range(count)]
-    starts[0], starts[-1] = 0, length - patch
-    return starts
+    steps = math.ceil((length - patch) / stride)
+    shift = 0.0
+    if generator is not None:
+        steps += 1
+        exact = (length - patch) / steps
+        shift = (2 * float(torch.rand(1, generator=generator)) - 1) * min(exact, max(0.0, patch - exact))
+    exact = (length - patch) / steps
+    inner = [min(max(round(i * exact + shift), 0), length - patch) for i in range(1, steps)]
+    return [0, *inner, length - patch]
 
 
 def tile(lattice: Shape3, patch: Shape3, overlap: float, generator: torch.Generator | None = None) -> list[Shape3]:
-    """First voxels of patches that cover a lattice: regular, or jittered where a ``generator`` is given."""
-    shifts = [0.0] * 3 if generator is None else (2 * torch.rand(3, generator=generator) - 1).tolist()
-    starts = [cover(n, p, overlap, s) for n, p, s in zip(lattice, patch, shifts, strict=True)]
+    """First voxels of patches that cover a lattice: regular, or moved at random where a ``generator`` is given."""
+    starts = [cover(n, p, overlap, generator) for n, p in zip(lattice, patch, strict=True)]
     return list(itertools.product(*starts))  # type: ignore[arg-type]
 
 

@@ -51,12 +51,32 @@ class Volume:
         return replace(self, data=self.data.to(device, non_blocking=non_blocking))
 
     def pooled(self, factors: Shape3) -> Volume:
-        """Means over blocks of ``factors`` voxels, on the lattice of the blocks' centres. Cut blocks average what is there."""
+        """Means over blocks of ``factors`` voxels, on the lattice of the blocks' centres.
+
+        The blocks lie evenly about the middle of the image, so that an image stored the other way round has the same
+        ones. Blocks that reach over the edge average what is there; where an odd number of voxels cannot be shared
+        out evenly among even blocks, neighbours are averaged first; up to half a block is cut off each edge otherwise.
+        """
         if factors == (1, 1, 1):
             return self
-        grid = self.grid.pooled(factors)
-        data = F.avg_pool3d(self.batch, factors, ceil_mode=True)[0]
-        return replace(self, data=data, grid=grid)
+        i, j, k = (min(f, n) for f, n in zip(factors, self.grid.shape, strict=True))
+        factors = (i, j, k)
+        x, padding, start = self.batch, [0, 0, 0], [0.0, 0.0, 0.0]
+        for d, factor in enumerate(factors):
+            size = x.shape[2 + d]
+            if factor % 2 == 0 and size % 2 == 1 and size > 1:
+                x = (x.narrow(2 + d, 0, size - 1) + x.narrow(2 + d, 1, size - 1)) / 2
+                size, start[d] = size - 1, 0.5
+            missing = -size % factor
+            if missing % 2 == 0:
+                padding[d] = missing // 2
+            elif size > factor:
+                cut = (size % factor) // 2
+                x = x.narrow(2 + d, cut, size - 2 * cut)
+                start[d] += cut
+            start[d] += (factor - 1) / 2 - padding[d]
+        data = F.avg_pool3d(x, factors, padding=padding, count_include_pad=False, ceil_mode=True)[0]
+        return replace(self, data=data, grid=self.grid.subsampled(factors, start, data.shape[1:]))
 
     def thinned(self, factors: Shape3) -> Volume:
         """Every n-th voxel along each dimension, from the middle of each block: for labels, which have no means."""
@@ -69,5 +89,6 @@ class Volume:
 
     def factors_for(self, spacing_mm: float) -> Shape3:
         """Voxels to merge along each dimension so that the image has about ``spacing_mm``, finer rather than coarser."""
-        i, j, k = (max(1, int(spacing_mm / s + 0.49)) for s in self.grid.spacing)
+        wanted = zip(self.grid.spacing, self.grid.shape, strict=True)
+        i, j, k = (min(max(1, int(spacing_mm / s + 0.49)), n) for s, n in wanted)
         return (i, j, k)

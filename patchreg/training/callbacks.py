@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import resource
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from patchreg.cascade import Result
 from patchreg.cascade.storage import save_cascade
 from patchreg.datasets import Pair
 from patchreg.io import staged_file, write_transform
+from patchreg.memory import peak_mib
 from patchreg.training.evaluation import Evaluation
 from patchreg.training.module import RegistrationModule
 from patchreg.visual import pixels, registration_figure
@@ -85,18 +84,12 @@ class PeakMemory(L.Callback):
     """
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log("memory/peak_gib", peak_gib(pl_module.device), rank_zero_only=True)
+        for where, mib in peak_mib(pl_module.device).items():
+            pl_module.log(f"memory/{where}_peak_mib", mib, rank_zero_only=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        log.info("peak memory %.2f GiB on %s", peak_gib(pl_module.device), pl_module.device)
-
-
-def peak_gib(device: torch.device) -> float:
-    """The peak so far, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        found = ", ".join(f"{mib:.0f} MiB on the {where}" for where, mib in peak_mib(pl_module.device).items())
+        log.info("peak memory: %s", found)
 
 
 class SaveRun(SaveConfigCallback):
