@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 from conftest import blobs, known_transform, oriented_grid
 from torch import Tensor, nn
@@ -71,5 +70,3 @@ def made_pair(fixed_orientation: str = "RAS", moving_orientation: str = "RAS", s
     grid = oriented_grid(moving_orientation, (step, step, step))
     moving = Volume(known_transform(size_mm=4.0).on(grid).sample(source)[0], grid, "moving")
     return PreparedPair(prepared(fixed), prepared(moving))
-
-

@@ -18,7 +18,7 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage's name, patches done and patches in all."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Result:
     """What a cascade found.
 

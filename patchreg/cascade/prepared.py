@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from patchreg.errors import InputError
 from patchreg.spatial import Foreground, Pyramid, Volume, foreground
-from patchreg.spatial.foreground import otsu_threshold, percentiles
-
-STATISTICS_VOXELS = 2**20
+from patchreg.spatial.foreground import CONTENT_VOXELS, content_threshold, percentile
 
 
 @dataclass(frozen=True)
@@ -18,8 +17,8 @@ class Normalization:
     """Intensities to the range that the networks see; part of a model, so that training and use cannot differ.
 
     ``(x - low) / (high - low)``, clipped to [0, 1], where ``low`` is a percentile of all voxels and ``high`` one of
-    the voxels above half of Otsu's threshold, so that the size of the background does not matter. Both are taken from
-    a copy of at most about a million voxels.
+    the content, so that the size of the background does not matter. Both are taken from a copy of about a quarter of
+    a million voxels.
 
     Args:
         lower: percentile for 0.
@@ -36,17 +35,12 @@ class Normalization:
         if not 0 <= self.lower < self.upper <= 100:
             raise InputError(f"normalization needs 0 <= lower < upper <= 100, got {self.lower} and {self.upper}")
 
-    def limits(self, volume: Volume) -> list[tuple[float, float]]:
-        """The intensities that become 0 and 1, for every channel."""
-        step = max(1, round((volume.grid.voxels / STATISTICS_VOXELS) ** (1 / 3)))
-        small = Volume(volume.data.float(), volume.grid, volume.name).pooled((step,) * 3).data
-        found = []
-        for channel in small:
-            low, _ = percentiles(channel, self.lower, 50.0)
-            bright = channel[channel > low + 0.5 * (otsu_threshold(channel) - low)]
-            high = percentiles(bright, 0.0, self.upper)[1] if bright.numel() else float(channel.max())
-            found.append((low, high if high > low else low + 1.0))
-        return found
+    def limits(self, values: Tensor, threshold: float) -> tuple[float, float]:
+        """The intensities that become 0 and 1, of one channel whose content is brighter than ``threshold``."""
+        low = percentile(values, self.lower)
+        bright = values[values > threshold]
+        high = percentile(bright, self.upper) if bright.numel() else float(values.max())
+        return low, high if high > low else low + 1.0
 
 
 class Prepared:
@@ -66,8 +60,10 @@ class Prepared:
         self, volume: Volume, normalization: Normalization, labels: Volume | None = None, mask: Volume | None = None
     ) -> None:
         self.volume = volume
-        self.limits = normalization.limits(volume)
-        self.content: Foreground = foreground(volume, mask)
+        small = volume.thumbnail(CONTENT_VOXELS)
+        thresholds = [content_threshold(channel) for channel in small.data]
+        self.limits = [normalization.limits(c, t) for c, t in zip(small.data, thresholds, strict=True)]
+        self.content: Foreground = foreground(small, mask, threshold=thresholds[0])
         self.labels = Pyramid(labels, labels=True) if labels is not None else None
         self.mask = mask
         self._pyramid = _Normalized(volume, self.limits)

@@ -62,7 +62,7 @@ def build_cascade(config: Any) -> PatchCascade:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--cascade", type=PatchCascade, required=True)
     try:
-        built = parser.instantiate_classes(parser.parse_object(config)).cascade
+        built = parser.instantiate(parser.parse_object(config)).cascade
     except Exception as error:  # jsonargparse raises many kinds
         raise InputError(" ".join(str(error).split())[:500]) from error
     assert isinstance(built, PatchCascade)

@@ -14,6 +14,10 @@ from patchreg.training import PeakMemory, SaveRun, TransformWriter
 class RunCLI(LightningCLI):
     """LightningCLI that saves the model as a folder and writes predicted transforms."""
 
+    def predict(self, model: Any, **options: Any) -> None:
+        """Transforms are written as they are found, and not kept."""
+        self.trainer.predict(model, **{**options, "return_predictions": False})
+
     def before_instantiate_classes(self) -> None:
         torch.set_float32_matmul_precision("high")
 

@@ -46,6 +46,7 @@ class Refinement:
     iterations: Sequence[int] = (40, 40)
     regularity: float = 0.4
     step_voxels: float = 0.15
+    eps: float = 1e-2
     affine_spacing_mm: float = 4.0
     affine_iterations: int = 60
     margin_mm: float = 8.0
@@ -166,7 +167,7 @@ def refine_deformable(
         coarse = [max(2, math.ceil(n / 2)) for n in grid.shape]
         parameters = torch.zeros((1, 3, *coarse), device=device, requires_grad=True)
         spacing = grid.spacing[0]
-        optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99))
+        optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99), eps=settings.eps)
 
         def displacement(p: Tensor, u0: Tensor = u0, spacing: float = spacing) -> Tensor:
             smooth = gaussian_smooth(p, (1.0, 1.0, 1.0), truncate=2.0)
@@ -178,7 +179,7 @@ def refine_deformable(
             value = loss(level.fixed, mapped.sample(level.moving), level.weight(mapped))
             total = value + settings.regularity * rough(u, grid.spacing)
             optimizer.zero_grad()
-            total.backward()
+            (total * parameters.numel()).backward()
             optimizer.step()
             if progress:
                 progress(name, step + 1, iterations)

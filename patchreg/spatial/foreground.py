@@ -21,32 +21,28 @@ def histogram(values: Tensor, low: float, high: float, bins: int = BINS) -> Tens
     return counts.to("cpu", torch.float64)
 
 
-def percentiles(values: Tensor, lower: float, upper: float) -> tuple[float, float]:
-    """Two percentiles of any number of values, from histograms: no sort and no copy, and no order of the voxels.
+def percentile(values: Tensor, percent: float) -> float:
+    """A percentile of any number of values, from histograms: no sort and no copy, and no order of the voxels.
 
-    A second histogram resolves the bin that each percentile falls into, so the error is the range over 2**24.
+    A second histogram resolves the bin that the percentile falls into, so the error is the range over 2**24.
 
     Args:
         values: any shape, finite.
-        lower: in percent.
-        upper: in percent.
+        percent: from 0 to 100.
     """
     low, high = (float(v) for v in torch.aminmax(values))
-    if low == high:
-        return low, high
     fine = 4096
-    counts = histogram(values, low, high, fine).cumsum(0)
-    found = []
-    for percent in (lower, upper):
-        rank = percent / 100 * float(counts[-1])
-        bin_index = min(int(torch.searchsorted(counts, rank)), fine - 1)
-        left = low + (high - low) * bin_index / fine
-        right = low + (high - low) * (bin_index + 1) / fine
-        below = float(counts[bin_index - 1]) if bin_index else 0.0
-        inner = histogram(values, left, right, fine).cumsum(0)
-        step = min(int(torch.searchsorted(inner, max(rank - below, 0.0))), fine - 1)
-        found.append(left + (right - left) * (step + 0.5) / fine)
-    return found[0], found[1]
+    below, rank = 0.0, 0.0
+    for level in range(2):
+        if low == high:
+            return low
+        counts = histogram(values, low, high, fine).cumsum(0)
+        if level == 0:
+            rank = percent / 100 * float(counts[-1])
+        found = min(int(torch.searchsorted(counts, max(rank - below, 0.0))), fine - 1)
+        below += float(counts[found - 1]) if found else 0.0
+        low, high = low + (high - low) * found / fine, low + (high - low) * (found + 1) / fine
+    return (low + high) / 2
 
 
 def otsu_threshold(values: Tensor) -> float:
@@ -55,7 +51,7 @@ def otsu_threshold(values: Tensor) -> float:
     References:
         Otsu 1979, doi:10.1109/TSMC.1979.4310076, eq. (18).
     """
-    low, high = percentiles(values, 0.0, 99.5)
+    low, high = float(values.min()), percentile(values, 99.5)
     if low == high:
         return low
     counts = histogram(values.clamp(low, high), low, high)
@@ -83,25 +79,33 @@ class Foreground:
     high_mm: Tensor
 
 
-def foreground(volume: Volume, mask: Volume | None = None, trim: float = 0.002) -> Foreground:
+def content_threshold(values: Tensor) -> float:
+    """What is brighter is content: halfway from the darkest value to Otsu's threshold."""
+    low = float(values.min())
+    return low + 0.5 * (otsu_threshold(values) - low)
+
+
+def foreground(
+    volume: Volume, mask: Volume | None = None, trim: float = 0.002, threshold: float | None = None
+) -> Foreground:
     """The box and centre of an image's content, found in the world and so the same however the image is stored.
 
-    Content is what is brighter than halfway from the darkest value to Otsu's threshold, or what ``mask`` selects.
+    Content is what is brighter than :func:`content_threshold`, or what ``mask`` selects; found on a copy of about a
+    quarter of a million voxels.
 
     Args:
         volume: the image, any channels; the first counts.
         mask: where to look, on a grid of its own.
         trim: fraction of the content that may lie outside the box, on each side along each world axis.
+        threshold: the content's threshold where it is known already.
 
     Raises:
         InputError: the mask selects nothing.
     """
     chosen = mask if mask is not None else volume
-    step = max(1, round((chosen.grid.voxels / CONTENT_VOXELS) ** (1 / 3)))
-    small = Volume(chosen.data[:1].float(), chosen.grid, chosen.name).pooled((step,) * 3)
+    small = chosen.thumbnail(CONTENT_VOXELS)
     if mask is None:
-        low = float(small.data.min())
-        selected = small.data[0] > low + 0.5 * (otsu_threshold(small.data) - low)
+        selected = small.data[0] > (content_threshold(small.data[0]) if threshold is None else threshold)
     else:
         selected = small.data[0] > 0
     index = selected.nonzero().cpu()

@@ -71,6 +71,13 @@ class MappedGrid:
         ones = Volume(torch.ones((1, 1, 1, 1), device=device), _one_voxel(grid))
         return self.sample(ones, mode="nearest") > 0
 
+    def strided(self, step: int, start: tuple[int, int, int]) -> MappedGrid:
+        """Every ``step``-th point along each dimension, from the voxel ``start``."""
+        i, j, k = (slice(s, None, step) for s in start)
+        d = None if self.displacement_mm is None else self.displacement_mm[:, :, i, j, k]
+        shape = [len(range(s, n, step)) for s, n in zip(start, self.grid.shape, strict=True)]
+        return MappedGrid(self.grid.subsampled((step,) * 3, start, shape), self.matrix, d)
+
     def then_affine(self, matrix: Tensor) -> MappedGrid:
         """The points after a further affine map, (4, 4) world to world."""
         d = self.displacement_mm

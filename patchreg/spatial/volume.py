@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +78,11 @@ class Volume:
             start[d] += (factor - 1) / 2 - padding[d]
         data = F.avg_pool3d(x, factors, padding=padding, count_include_pad=False, ceil_mode=True)[0]
         return replace(self, data=data, grid=self.grid.subsampled(factors, start, data.shape[1:]))
+
+    def thumbnail(self, voxels: int) -> Volume:
+        """A float copy of at most about ``voxels`` voxels, for statistics."""
+        step = max(1, math.ceil((self.grid.voxels / voxels) ** (1 / 3)))
+        return replace(self, data=self.data.float()).pooled((step,) * 3)
 
     def thinned(self, factors: Shape3) -> Volume:
         """Every n-th voxel along each dimension, from the middle of each block: for labels, which have no means."""

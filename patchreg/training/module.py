@@ -137,9 +137,10 @@ class RegistrationModule(L.LightningModule):
             betas=settings.betas,
             weight_decay=settings.weight_decay,
         )
-        steps = int(self.trainer.estimated_stepping_batches)
-        if steps < 1:
+        estimated = self.trainer.estimated_stepping_batches
+        if not 1 <= estimated < math.inf:
             raise InputError("training has no end: set trainer.max_steps or trainer.max_epochs, the schedule needs it")
+        steps = int(estimated)
         warmup = min(settings.warmup_steps, steps // 2)
         scheduler = CosineLRScheduler(
             optimizer,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patchreg.cascade import Prepared, StageOutput
+from patchreg.cascade import StageOutput
 from patchreg.errors import InputError
 from patchreg.losses import LabelSet, SoftDice, centroid_distance_mm
 from patchreg.spatial import MappedGrid, Volume
@@ -26,6 +26,8 @@ class Objective:
         regularity_weight: its weight; a list has one for every stage.
         labels: label values whose overlap counts.
         overlap_weight: weight of soft Dice over ``labels``, in deformable stages.
+        overlap_stride: take it at every n-th voxel of a patch along each dimension, from a random first one: networks
+            answer smoothly, and 2 costs an eighth.
         centroid_weight: weight, per cm, of the distance between centres of ``labels``, in affine stages.
         stage_weights: weight of every stage's sum. None: one each.
         masked: leave out of the similarity where the moving image was not there to be sampled.
@@ -40,6 +42,7 @@ class Objective:
     regularity_weight: float | list[float] = 1.0
     labels: list[int] | None = None
     overlap_weight: float = 0.0
+    overlap_stride: int = 1
     centroid_weight: float = 0.0
     stage_weights: list[float] | None = None
     masked: bool = False
@@ -79,8 +82,8 @@ class Objective:
             found.append(("regularity", factor, torch.stack(rough).mean()))
         labels = None if self.labels is None else LabelSet(self.labels)
         if labels is not None and output.update_mm is not None and self.overlap_weight:
-            fixed, moving = _labelled(output, True), _labelled(output, False)
-            if fixed and moving:
+            fixed, moving = _labelled(output, self.overlap_stride)
+            if fixed:
                 found.append(("overlap", self.overlap_weight, SoftDice(labels)(fixed, moving)))
         if labels is not None and output.update_mm is None and self.centroid_weight:
             distances = [
@@ -93,15 +96,21 @@ class Objective:
         return found
 
 
-def _labelled(output: StageOutput, fixed: bool) -> list[tuple[MappedGrid, Volume]]:
-    """The patches whose pairs have labels, with the label map of one image at the patch's resolution."""
-    found = []
+Points = list[tuple[MappedGrid, Volume]]
+
+
+def _labelled(output: StageOutput, stride: int) -> tuple[Points, Points]:
+    """Points of the patches whose pairs have labels, with the label maps at the patch's resolution: fixed, moving."""
+    fixed: Points = []
+    moving: Points = []
     for pair, of_fixed, of_moving in zip(output.pairs, output.fixed_points, output.mapped, strict=True):
-        points, image = (of_fixed, pair.fixed) if fixed else (of_moving, pair.moving)
-        other: Prepared = pair.moving if fixed else pair.fixed
-        if image.labels is not None and other.labels is not None:
-            found.append((points, image.labels.at(min(points.grid.spacing))))
-    return found
+        spacing = min(of_fixed.grid.spacing)
+        if pair.fixed.labels is None or pair.moving.labels is None:
+            continue
+        i, j, k = torch.randint(stride, (3,)).tolist()
+        fixed.append((of_fixed.strided(stride, (i, j, k)), pair.fixed.labels.at(spacing)))
+        moving.append((of_moving.strided(stride, (i, j, k)), pair.moving.labels.at(spacing)))
+    return fixed, moving
 
 
 def _pick(values: Sequence[float], index: int, name: str) -> float:

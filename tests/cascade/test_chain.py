@@ -24,7 +24,10 @@ def test_every_stage_gives_an_output_of_constant_size(generator):
 def test_stages_add_up_in_the_right_order():
     """Constant answers at two spacings: the chain moves every point by their sum in mm, in any orientation."""
     for orientation in ("RAS", "oblique"):
-        stages = [Stage(Constant((1.0, 0, 0)), patch_shape=8, spacing=4.0), Stage(Constant((0, -2.0, 0)), patch_shape=8, spacing=1.5)]
+        stages = [
+            Stage(Constant((1.0, 0, 0)), patch_shape=8, spacing=4.0),
+            Stage(Constant((0, -2.0, 0)), patch_shape=8, spacing=1.5),
+        ]
         outputs = PatchCascade(stages)([made_pair(orientation)])
         x = torch.tensor([[1.0, 2, 3]], dtype=torch.float64)
         assert torch.allclose(outputs[-1].transforms[0](x), x + torch.tensor([4.0, -3.0, 0]), atol=1e-5)
@@ -34,7 +37,9 @@ def test_the_next_stage_sees_the_moving_image_where_the_last_one_put_it():
     """The moving patch of stage two is what stage one moved, sampled anew at the finer spacing."""
     pair = made_pair()
     first, second = Constant((2.0, 0, 0)), Constant((0, 0, 0))
-    outputs = PatchCascade([Stage(first, patch_shape=16, spacing=4.0), Stage(second, patch_shape=16, spacing=2.0)])([pair])
+    outputs = PatchCascade([Stage(first, patch_shape=16, spacing=4.0), Stage(second, patch_shape=16, spacing=2.0)])(
+        [pair]
+    )
     grid = outputs[1].grids[0]
     moving = pair.moving.at(2.0)
     expected = Affine.translation((8.0, 0, 0)).on(grid).sample(moving)
@@ -71,7 +76,8 @@ def test_gradient_through_the_chain_is_that_of_finite_differences():
         first = Constant((x, 0.3, 0.2)).double()
         torch.manual_seed(3)
         cascade = PatchCascade(
-            [Stage(first, patch_shape=16, spacing=5.0), Stage(Constant((0.4, 0.3, 0.1)), patch_shape=16, spacing=2.0)], stop_gradients=False
+            [Stage(first, patch_shape=16, spacing=5.0), Stage(Constant((0.4, 0.3, 0.1)), patch_shape=16, spacing=2.0)],
+            stop_gradients=False,
         )
         loss = cascade([pair])[1].moved.double().square().mean()
         loss.backward()
@@ -93,7 +99,9 @@ def test_repeats_run_the_same_network_again():
 
 def test_frozen_stages_place_later_ones_and_learn_nothing(generator):
     cascade = small_cascade()
-    frozen = PatchCascade([Stage(cascade.stages[0].network, "affine", 16, frozen=True), cascade.stages[1]], stop_gradients=False)
+    frozen = PatchCascade(
+        [Stage(cascade.stages[0].network, "affine", 16, frozen=True), cascade.stages[1]], stop_gradients=False
+    )
     outputs = frozen([made_pair()], generator)
     assert [o.index for o in outputs] == [1]
     outputs[0].moved.mean().backward()

@@ -13,7 +13,9 @@ def test_patches_equal_the_whole_where_they_must():
     """A network that looks at one voxel at a time: covering with patches is running it on the whole lattice."""
     pair = made_pair()
     whole = PatchCascade([Stage(Pointwise(), spacing="image")]).register(pair.fixed, pair.moving)
-    patched = PatchCascade([Stage(Pointwise(), patch_shape=16, spacing=2.0, margin_mm=200.0)]).register(pair.fixed, pair.moving)
+    patched = PatchCascade([Stage(Pointwise(), patch_shape=16, spacing=2.0, margin_mm=200.0)]).register(
+        pair.fixed, pair.moving
+    )
     lattice = patched.transform.transforms[0].grid
     assert lattice.shape == pair.fixed.volume.grid.shape
     assert torch.allclose(lattice.affine, pair.fixed.volume.grid.affine)
@@ -110,7 +112,8 @@ def test_the_same_pair_stored_otherwise_gives_the_same_transform(orientation):
     torch.nn.init.normal_(cascade.stages[0].network.head.weight, std=0.1)
     x = 0.6 * oriented_grid("RAS", (8.0, 8.0, 8.0)).points().reshape(-1, 3)
     ours, theirs = (
-        cascade.register(pair.fixed, pair.moving).transform(x) for pair in (made_pair(), made_pair(orientation, orientation))
+        cascade.register(pair.fixed, pair.moving).transform(x)
+        for pair in (made_pair(), made_pair(orientation, orientation))
     )
     moved = (ours - x).norm(dim=1)
     assert (ours - theirs).norm(dim=1).max() < 0.01
@@ -124,4 +127,8 @@ def test_empty_places_are_no_trouble():
     small = prepared(blobs(oriented_grid("RAS", (4.0, 4.0, 4.0), extent_mm=24)))
     for fixed, moving in ((large, small), (small, large)):
         found = cascade.register(fixed, moving)
-        assert all(torch.isfinite(t.displacement_mm).all() for t in found.transform.transforms if isinstance(t, DisplacementField))
+        assert all(
+            torch.isfinite(t.displacement_mm).all()
+            for t in found.transform.transforms
+            if isinstance(t, DisplacementField)
+        )

@@ -19,7 +19,9 @@ def files(tmp_path):
     for name in "abcd":
         image = rng.random((9, 8, 7)).astype(np.float32)
         nib.save(nib.Nifti1Image(image, np.diag([2.0, 2, 3, 1])), tmp_path / f"{name}.nii.gz")
-        nib.save(nib.Nifti1Image((image > 0.5).astype(np.uint8), np.diag([2.0, 2, 3, 1])), tmp_path / f"{name}_seg.nii.gz")
+        nib.save(
+            nib.Nifti1Image((image > 0.5).astype(np.uint8), np.diag([2.0, 2, 3, 1])), tmp_path / f"{name}_seg.nii.gz"
+        )
     return tmp_path
 
 
@@ -29,7 +31,11 @@ def write(folder, text, name="manifest.csv"):
 
 
 def test_images_are_paired_all_to_all(files):
-    path = write(files, "image,labels,split\n" + "".join(f"{n}.nii.gz,{n}_seg.nii.gz,{s}\n" for n, s in zip("abcd", ["train"] * 3 + ["val"], strict=True)))
+    path = write(
+        files,
+        "image,labels,split\n"
+        + "".join(f"{n}.nii.gz,{n}_seg.nii.gz,{s}\n" for n, s in zip("abcd", ["train"] * 3 + ["val"], strict=True)),
+    )
     module = ManifestDataModule(path)
     pairs = module.pairs("train")
     assert len(pairs) == 6
@@ -43,8 +49,13 @@ def test_images_are_paired_all_to_all(files):
 
 def test_images_go_to_an_atlas(files):
     path = write(files, "image,split\nb.nii.gz,train\nc.nii.gz,train\n")
-    module = ManifestDataModule(path, pairing="to-atlas", atlas=str(files / "a.nii.gz"), atlas_labels=str(files / "a_seg.nii.gz"))
-    assert [(f.image.name, m.image.name) for f, m in module.pairs("train")] == [("a.nii.gz", "b.nii.gz"), ("a.nii.gz", "c.nii.gz")]
+    module = ManifestDataModule(
+        path, pairing="to-atlas", atlas=str(files / "a.nii.gz"), atlas_labels=str(files / "a_seg.nii.gz")
+    )
+    assert [(f.image.name, m.image.name) for f, m in module.pairs("train")] == [
+        ("a.nii.gz", "b.nii.gz"),
+        ("a.nii.gz", "c.nii.gz"),
+    ]
     with pytest.raises(InputError, match="needs an atlas"):
         ManifestDataModule(path, pairing="to-atlas")
 
@@ -59,7 +70,10 @@ def test_given_pairs_and_json(files):
 
 
 def test_torchio_transforms_and_augmentation_apply_to_training_alone(files):
-    path = write(files, "image,labels,split\n" + "".join(f"{n}.nii.gz,{n}_seg.nii.gz,{s}\n" for s in ("train", "val") for n in "ab"))
+    path = write(
+        files,
+        "image,labels,split\n" + "".join(f"{n}.nii.gz,{n}_seg.nii.gz,{s}\n" for s in ("train", "val") for n in "ab"),
+    )
     module = ManifestDataModule(path, transform=tio.RescaleIntensity((5, 6)), augmentation=WorldAugmentation(20))
     torch.manual_seed(0)
     train, val = module.dataset("train")[0], module.dataset("val")[0]

@@ -35,7 +35,9 @@ def test_seeds_give_the_same_and_different_heads():
 def test_a_head_keeps_its_shape_at_any_spacing():
     fine, coarse = phantom(5, 2.0), phantom(5, 4.0)
     resampled = MappedGrid.identity(coarse.grid).sample(fine, mode="nearest")[0]
-    assert float(dice(coarse.data, resampled, [2, 3, 41, 42, 16]).mean()) > 0.8  # the cortex is less than a coarse voxel thick
+    assert (
+        float(dice(coarse.data, resampled, [2, 3, 41, 42, 16]).mean()) > 0.8
+    )  # the cortex is less than a coarse voxel thick
 
 
 def test_bad_spacing():

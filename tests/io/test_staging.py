@@ -24,9 +24,14 @@ def test_folder_appears_whole(tmp_path):
     assert listing(tmp_path) == ["a", "a/out", "a/out/one.txt"]
 
 
-@pytest.mark.parametrize("error", [InputError("bad input"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [InputError("bad input"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")]
+)
 def test_nothing_is_left_of_a_failure(tmp_path, error):
-    with pytest.raises(type(error) if not isinstance(error, OSError) else OutputError), staged_folder(tmp_path / "a" / "out") as work:
+    with (
+        pytest.raises(type(error) if not isinstance(error, OSError) else OutputError),
+        staged_folder(tmp_path / "a" / "out") as work,
+    ):
         (work / "one.txt").write_text("1")
         raise error
     assert listing(tmp_path) == []
@@ -63,7 +68,10 @@ def test_files_are_replaced_whole(tmp_path):
 
 
 def test_a_full_disk_is_said_in_one_sentence(tmp_path):
-    with pytest.raises(OutputError, match="no space left to write the results") as caught, staged_folder(tmp_path / "out"):
+    with (
+        pytest.raises(OutputError, match="no space left to write the results") as caught,
+        staged_folder(tmp_path / "out"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert str(tmp_path / "out") in str(caught.value)
 
@@ -87,7 +95,11 @@ def test_a_real_limit_on_file_size_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "out")], capture_output=True, text=True, preexec_fn=limit, check=False
+        [sys.executable, "-c", script, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
     )
     assert done.returncode == 2, done.stderr
     assert "no space left" in done.stdout

@@ -106,7 +106,9 @@ def test_dice_of_label_maps():
     assert math.isnan(values[2])
     assert values[3] == 0
     one_hot = F.one_hot(a.clamp(max=3)).float(), F.one_hot(b.clamp(max=3), 4).float()
-    assert values[0] == pytest.approx(float(2 * (one_hot[0] * one_hot[1])[:, 1].sum() / (one_hot[0] + one_hot[1])[:, 1].sum()))
+    assert values[0] == pytest.approx(
+        float(2 * (one_hot[0] * one_hot[1])[:, 1].sum() / (one_hot[0] + one_hot[1])[:, 1].sum())
+    )
 
 
 def test_label_sets_are_checked():
@@ -131,7 +133,9 @@ def test_centroid_distance_pulls_from_afar(oriented):
     chosen = LabelSet([1, 2, 3, 4])
     still = Affine.identity()
     assert float(centroid_distance_mm(labels, moving, still, still, chosen)) == pytest.approx(25.0)
-    assert float(centroid_distance_mm(labels, moving, still, Affine.translation(shift), chosen)) == pytest.approx(0, abs=1e-3)
+    assert float(centroid_distance_mm(labels, moving, still, Affine.translation(shift), chosen)) == pytest.approx(
+        0, abs=1e-3
+    )
     warp = Affine.translation((3.0, 4.0, 0.0))  # the fixed image seen through W: its content moves by -W
     value = float(centroid_distance_mm(labels, labels, warp, still, chosen))
     assert value == pytest.approx(5.0, abs=1e-3)

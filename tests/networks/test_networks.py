@@ -80,7 +80,9 @@ def test_unet_options(generator):
 
 def test_fit_finds_a_known_affine(generator):
     source = torch.rand((2, 20, 3), generator=generator, dtype=torch.float64)
-    affine = torch.eye(3, 4, dtype=torch.float64) + 0.2 * torch.randn((2, 3, 4), generator=generator, dtype=torch.float64)
+    affine = torch.eye(3, 4, dtype=torch.float64) + 0.2 * torch.randn(
+        (2, 3, 4), generator=generator, dtype=torch.float64
+    )
     target = source @ affine[:, :, :3].transpose(1, 2) + affine[:, None, :, 3]
     weight = torch.rand((2, 20), generator=generator, dtype=torch.float64)
     found = fit_affine(source, target, weight / weight.sum(dim=1, keepdim=True), 1e-12)

@@ -6,7 +6,7 @@ from conftest import blobs, oriented_grid
 
 from patchreg.errors import InputError
 from patchreg.spatial import Grid, Pyramid, Volume, foreground
-from patchreg.spatial.foreground import box_grid, otsu_threshold, percentiles
+from patchreg.spatial.foreground import box_grid, otsu_threshold, percentile
 
 
 def ball(grid: Grid, center, radius_mm: float) -> Volume:
@@ -38,10 +38,11 @@ def test_mask_says_where_content_is():
 
 def test_percentiles_agree_with_a_sort(generator):
     x = torch.randn(100_000, generator=generator).exp()
-    low, high = percentiles(x, 0.5, 99.5)
-    assert abs(low - float(x.quantile(0.005))) < 1e-3
-    assert abs(high - float(x.quantile(0.995))) < 2e-2
-    assert percentiles(torch.full((10,), 3.0), 1, 99) == (3.0, 3.0)
+    assert abs(percentile(x, 0.5) - float(x.quantile(0.005))) < 1e-3
+    assert abs(percentile(x, 99.5) - float(x.quantile(0.995))) < 2e-2
+    assert abs(percentile(x, 0) - float(x.min())) < 1e-3
+    assert abs(percentile(x, 100) - float(x.max())) < 1e-3
+    assert percentile(torch.full((10,), 3.0), 50) == 3.0
 
 
 def test_otsu_splits_two_classes(generator):
@@ -92,7 +93,9 @@ def test_pooling_knows_where_its_blocks_are_and_nothing_of_storage(factors, shap
     assert torch.allclose(pooled.data[0][inside], expected[inside].float(), atol=1e-4)
     flip = torch.diag(torch.tensor([-1.0, -1, 1, 1], dtype=torch.float64))
     flip[:3, 3] = torch.tensor([shape[0] - 1.0, shape[1] - 1, 0])
-    stored_otherwise = Volume(ramp.float().flip(0, 1)[None].contiguous(), Grid(shape, grid.affine @ flip)).pooled(factors)
+    stored_otherwise = Volume(ramp.float().flip(0, 1)[None].contiguous(), Grid(shape, grid.affine @ flip)).pooled(
+        factors
+    )
     assert torch.allclose(stored_otherwise.data.flip(1, 2), pooled.data, atol=1e-4)
     a, b = (g.bounds() for g in (pooled.grid, stored_otherwise.grid))
     assert torch.allclose(a[0], b[0])

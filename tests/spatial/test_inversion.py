@@ -35,6 +35,8 @@ def test_fine_grids_start_from_coarse_ones(tolerances):
 
 def test_a_folded_transform_reports_that_it_has_no_inverse():
     field = known_transform(size_mm=60.0, affine=False).transforms[0]
-    _, found = inverse_field(Composite([DisplacementField(field.grid, field.displacement_mm), Affine.identity()]), field.grid)
+    _, found = inverse_field(
+        Composite([DisplacementField(field.grid, field.displacement_mm), Affine.identity()]), field.grid
+    )
     assert found.residual_max_mm > 0.5
     assert torch.isfinite(found.displacement_mm).all()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from conftest import known_transform, oriented_grid
 
-from patchreg.spatial import Affine, Composite, DisplacementField, folding_percent, jacobian_determinant
+from patchreg.spatial import Composite, DisplacementField, folding_percent, jacobian_determinant
 
 
 def test_affine_determinant(oriented):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,9 @@ from patchreg.spatial import Grid
 from patchreg.spatial.patches import Blend, cover, tile, window
 
 
-@given(length=st.integers(1, 300), patch=st.integers(1, 80), overlap=st.floats(0, 0.9), seed=st.integers(0, 9) | st.none())
+@given(
+    length=st.integers(1, 300), patch=st.integers(1, 80), overlap=st.floats(0, 0.9), seed=st.integers(0, 9) | st.none()
+)
 def test_patches_cover_everything(length, patch, overlap, seed):
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if patch > length:
@@ -28,7 +32,7 @@ def test_patches_cover_everything(length, patch, overlap, seed):
 def test_regular_patches_overlap_as_asked():
     starts = cover(100, 40, 0.25)
     assert starts == [0, 30, 60]
-    assert all(b - a <= 30 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a <= 30 for a, b in itertools.pairwise(starts))
 
 
 def test_random_patches_differ_every_time(generator):

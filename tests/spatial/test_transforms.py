@@ -57,7 +57,11 @@ def test_translation_in_mm_is_a_translation_in_mm(oriented):
     moving = blobs(oriented_grid("LPS", (1.5, 2.0, 1.0)))
     target = blobs(oriented.moved(Affine.translation(shift).matrix))
     moved = Affine.translation(shift).on(oriented).sample(moving)[0]
-    inside = Affine.translation(shift).on(oriented).inside(moving.grid.crop((2, 2, 2), [n - 4 for n in moving.grid.shape]))[0]
+    inside = (
+        Affine.translation(shift)
+        .on(oriented)
+        .inside(moving.grid.crop((2, 2, 2), [n - 4 for n in moving.grid.shape]))[0]
+    )
     assert (moved - target.data)[inside].abs().max() < 0.02 * target.data.max()
 
 
