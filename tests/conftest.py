@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see patchreg/cli/main.py
+
 import nibabel as nib
 import numpy as np
 import pytest

@@ -46,8 +46,8 @@ def cover_all(
 ) -> Result:
     """Run all stages over the content of the fixed image.
 
-    Memory on the device: ``batch`` patches through a network. On the host: five volumes of a stage's lattice while it
-    runs, and three for its answer afterwards.
+    Memory on the networks' device: ``batch`` patches through a network. Where the fixed image is: five volumes of a
+    stage's lattice while it runs, and three for its answer afterwards.
 
     Args:
         stages: coarse to fine.
@@ -74,7 +74,7 @@ def cover_all(
             blend, overlapping = _cover(stage, pair, chain, lattice, batch, device, generator, passes, name, progress)
             chain = Composite([DisplacementField(lattice, blend.mean_mm()), chain])
             if overlapping:
-                spread = Volume(blend.spread_mm()[0], lattice, "uncertainty")
+                spread = Volume(blend.spread_mm()[0].cpu(), lattice, "uncertainty")
     return Result(Composite([chain]), affine, spread)
 
 
@@ -98,7 +98,7 @@ def _cover(
     patch: Shape3 = lattice.shape if stage.spacing == "image" else stage.patch_shape
     starts = list(_starts(stage, lattice, patch, generator, passes or stage.passes))
     weight = window(patch)
-    blend = Blend.empty(lattice)
+    blend = Blend.empty(lattice, pair.fixed.volume.device)
     for done in range(0, len(starts), batch):
         some = starts[done : done + batch]
         grids = [lattice.crop(start, patch) for start in some]

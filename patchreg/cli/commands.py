@@ -69,7 +69,7 @@ def _register(options: argparse.Namespace) -> None:
     from patchreg.inference.refine import Refinement
     from patchreg.io import staged_folder
 
-    with staged_folder(options.output), progress_bars(not options.quiet) as progress:
+    with staged_folder(options.output) as out, progress_bars(not options.quiet) as progress:
         found = register(  # the output is known to be writable before the work begins
             options.fixed,
             options.moving,
@@ -86,7 +86,7 @@ def _register(options: argparse.Namespace) -> None:
             refinement=Refinement(similarity=options.similarity),
             progress=progress,
         )
-    found.save(options.output)
+        found.write(out)
     if not options.quiet:
         s = found.summary["similarity"]
         print(f"{s['measure']}: {s['before']:.3f} before, {s['affine']:.3f} affine, {s['after']:.3f} after; "

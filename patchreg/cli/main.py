@@ -22,6 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 when the output is written and valid; 2 for wrong usage or bad input, told in one sentence on stderr.
     """
+    # Threads that spin while they wait slow a shared machine, and a training with loader processes, ten times and more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = any(a in ("-v", "--verbose") for a in given)
     training = bool(given) and given[0] in LIGHTNING

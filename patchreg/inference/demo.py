@@ -102,7 +102,7 @@ def run_demo(
             progress=progress,
         )
         found.summary["fixed"], found.summary["moving"] = "fixed.nii.gz", "moving.nii.gz"
-        found.save(out)
+        found.write(out)
         after = evaluate_files(out / "fixed_labels.nii.gz", out / "moved_labels.nii.gz")
         scores = []
         for transform in (Affine.identity(), found.affine):

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning
 import torch
 
 import patchreg
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 Kind = Literal["rigid", "affine", "deformable"]
 Progress = Callable[[str, int, int], None]
 
-FIELD_SPACING_MM = 1.0
+DEVICE_SHARE = 0.5
+"""Of a GPU's free memory, what images and fields may take; the rest is for the networks."""
 
 
 def register(
@@ -89,8 +90,9 @@ def register(
         cascade = (model if isinstance(model, PatchCascade) else load_model(model)).to(target)
         identity = {"name": "given as a module"} if isinstance(model, PatchCascade) else model_identity(model)
     with clock("prepare"):
-        fixed_ready = cascade.prepare(images.fixed.volume, mask=_volume(images.fixed_mask))
-        moving_ready = cascade.prepare(images.moving.volume, mask=_volume(images.moving_mask))
+        store = storage_device(target, images.fixed.volume.grid, images.moving.volume.grid)
+        fixed_ready = cascade.prepare(images.fixed.volume.to(store), mask=_volume(images.fixed_mask, store))
+        moving_ready = cascade.prepare(images.moving.volume.to(store), mask=_volume(images.moving_mask, store))
     with clock("affine"):
         starts = [("given", start)] if start is not None else starting_points(fixed_ready, moving_ready)
         name, began, affine = _affine(
@@ -109,8 +111,8 @@ def register(
                 found = refine_deformable(fixed_ready, moving_ready, found, settings, target, progress)
     with clock("collapse"):
         total = collapse(found, images.fixed.volume.grid)
-    affine_part = total.affine_part()
-    folding, jacobian_std = folding_of(total, _field_grid(images.fixed.volume.grid))
+    fields = [t for t in total.transforms if isinstance(t, DisplacementField)]
+    folding, jacobian_std = folding_of(total, fields[0].grid) if fields else (0.0, 0.0)
     summary: dict[str, Any] = {
         "patchreg": patchreg.__version__,
         "fixed": images.fixed.path,
@@ -134,12 +136,12 @@ def register(
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "lightning": lightning.__version__,
+            "lightning": version("lightning"),
         },
     }
     return Registration(
         total,
-        affine_part,
+        total.affine_part(),
         began,
         images.fixed,
         images.moving,
@@ -172,25 +174,38 @@ def find_device(name: str) -> torch.device:
 def collapse(transform: Transform, fixed: Grid) -> Composite:
     """``Composite([D, A])`` with one displacement field over the fixed image, as ITK and ANTs like it.
 
-    The field's lattice has the fixed image's directions, reaches one voxel beyond it, and is at least 1 mm apart.
-    Where there is no deformation the affine map alone is returned.
+    The field's lattice has the fixed image's directions, reaches one voxel beyond it, and is as fine as the finest field
+    of the chain but no finer than the image. Where there is no deformation the affine map alone is returned.
     """
     composite = Composite([transform])
-    if all(isinstance(part, Affine) for part in composite.transforms):
+    fields = [t for t in composite.transforms if isinstance(t, DisplacementField)]
+    if not fields:
         return Composite([composite.affine_part()])
-    grid = _field_grid(fixed)
+    finest = min(min(t.grid.spacing) for t in fields)
+    grid = _field_grid(fixed, [max(finest, s) for s in fixed.spacing])
     u, affine = deformable_part(composite, grid)
-    return Composite([DisplacementField(grid, u), affine])
+    return Composite([DisplacementField(grid, u.cpu()), affine])
 
 
-def _field_grid(fixed: Grid) -> Grid:
+def _field_grid(fixed: Grid, spacing: list[float]) -> Grid:
     direction = fixed.direction
     if float((direction.T @ direction - torch.eye(3, dtype=torch.float64)).abs().max()) > 1e-4:
         low, high = fixed.bounds()  # sheared: ITK has no such fields, so cover it by a world-aligned one
-        step = max(FIELD_SPACING_MM, min(fixed.spacing))
-        shape = ((high - low) / step).ceil().long() + 2
-        return Grid.aligned((low + high) / 2, shape.tolist(), step)
-    return fixed.with_spacing([max(FIELD_SPACING_MM, s) for s in fixed.spacing]).padded(1)
+        shape = ((high - low) / min(spacing)).ceil().long() + 2
+        return Grid.aligned((low + high) / 2, shape.tolist(), min(spacing))
+    return fixed.with_spacing(spacing).padded(1)
+
+
+def storage_device(device: torch.device, *grids: Grid) -> torch.device:
+    """Where images and fields stay while stages run: on a GPU if they fit, otherwise on the host.
+
+    Counts a normalised copy of each image besides itself, and ten more volumes of the first for fields.
+    """
+    if device.type != "cuda":
+        return device
+    needed = 4 * (sum(2 * g.voxels for g in grids) + 10 * grids[0].voxels)
+    free, _ = torch.cuda.mem_get_info(device)
+    return device if needed < DEVICE_SHARE * free else torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -219,8 +234,8 @@ def _initial(given: str | Path | Transform | None) -> Transform | None:
     return read_transform(Path(given)) if isinstance(given, (str, Path)) else given
 
 
-def _volume(image: Image | None) -> Volume | None:
-    return None if image is None else image.volume
+def _volume(image: Image | None, device: torch.device) -> Volume | None:
+    return None if image is None else image.volume.to(device)
 
 
 def _affine(

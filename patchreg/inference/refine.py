@@ -32,6 +32,8 @@ class Refinement:
         iterations: of Adam, for every level.
         regularity: weight of the squared gradient of the deformation.
         step_voxels: Adam's step, in voxels of the level's lattice.
+        flat: gradient (of the loss, a voxel) below which Adam takes smaller steps: what the images say nothing about is
+            left to the regularity.
         affine_spacing_mm: lattice of the affine optimisation.
         affine_iterations: of Adam.
         margin_mm: around the fixed image's content.
@@ -45,8 +47,8 @@ class Refinement:
     spacings_mm: Sequence[float] = (4.0, 2.0)
     iterations: Sequence[int] = (40, 40)
     regularity: float = 0.4
-    step_voxels: float = 0.15
-    eps: float = 1e-2
+    step_voxels: float = 0.3
+    flat: float = 0.1
     affine_spacing_mm: float = 4.0
     affine_iterations: int = 60
     margin_mm: float = 8.0
@@ -107,7 +109,7 @@ def refine_affine(
     center = fixed.content.center_mm
     radius = float((fixed.content.high_mm - fixed.content.low_mm).max()) / 2
     parameters = torch.zeros(6 if rigid else 12, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels * 2, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99))
     loss = settings.loss()
     best, least = torch.eye(4, dtype=torch.float64), math.inf
     for step in range(settings.affine_iterations):
@@ -167,7 +169,7 @@ def refine_deformable(
         coarse = [max(2, math.ceil(n / 2)) for n in grid.shape]
         parameters = torch.zeros((1, 3, *coarse), device=device, requires_grad=True)
         spacing = grid.spacing[0]
-        optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99), eps=settings.eps)
+        optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99), eps=settings.flat)
 
         def displacement(p: Tensor, u0: Tensor = u0, spacing: float = spacing) -> Tensor:
             smooth = gaussian_smooth(p, (1.0, 1.0, 1.0), truncate=2.0)
@@ -183,7 +185,9 @@ def refine_deformable(
             optimizer.step()
             if progress:
                 progress(name, step + 1, iterations)
-        current = Composite([DisplacementField(grid, displacement(parameters.detach()).cpu()), affine])
+        current = Composite(
+            [DisplacementField(grid, displacement(parameters.detach()).to(fixed.volume.device)), affine]
+        )
     return Composite([current])
 
 

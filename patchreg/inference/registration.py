@@ -73,29 +73,33 @@ class Registration:
         """Write every output into a folder, which appears (or changes) only when all is written.
 
         ``moved.nii.gz``, ``moved_labels.nii.gz``, ``transform.h5``, ``displacement.nii.gz``,
-        ``inverse_displacement.nii.gz``, ``summary.json`` and ``report.html``.
+        ``inverse_displacement.nii.gz``, ``uncertainty.nii.gz``, ``summary.json`` and ``report.html``.
 
         Raises:
             OutputError: the folder cannot be written, or the disk is full.
         """
-        from patchreg.inference.report import write_report
-
         target = Path(folder)
         with staged_folder(target) as out:
-            grid = self.fixed.volume.grid
-            write_image(out / "moved.nii.gz", self.moved(), self.fixed, self.moving.storage)
-            if self.moving_labels is not None:
-                write_image(
-                    out / "moved_labels.nii.gz", self.moved_labels(), self.fixed, label_storage(self.moving_labels)
-                )
-            write_transform(out / "transform.h5", self.transform)
-            write_vectors(out / "displacement.nii.gz", displacement_on(self.transform, grid), grid, self.fixed.header)
-            back, residual = inverse_on(self.transform, self.moving.volume.grid)
-            write_vectors(out / "inverse_displacement.nii.gz", back, self.moving.volume.grid, self.moving.header)
-            self.summary["inverse_residual_mm"] = residual
-            (out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
-            write_report(out / "report.html", self)
+            self.write(out)
         return target
+
+    def write(self, out: Path) -> None:
+        """Write the files of :meth:`save` into a folder that exists, one after the other."""
+        from patchreg.inference.report import write_report
+
+        fixed, moving = self.fixed.volume.grid, self.moving.volume.grid
+        write_image(out / "moved.nii.gz", self.moved(), self.fixed, self.moving.storage)
+        if self.moving_labels is not None:
+            write_image(out / "moved_labels.nii.gz", self.moved_labels(), self.fixed, label_storage(self.moving_labels))
+        write_transform(out / "transform.h5", self.transform)
+        write_vectors(out / "displacement.nii.gz", displacement_on(self.transform, fixed), fixed, self.fixed.header)
+        back, residual = inverse_on(self.transform, moving)
+        write_vectors(out / "inverse_displacement.nii.gz", back, moving, self.moving.header)
+        if self.uncertainty is not None:
+            write_image(out / "uncertainty.nii.gz", self.uncertainty, self.fixed)
+        self.summary["inverse_residual_mm"] = residual
+        (out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+        write_report(out / "report.html", self)
 
 
 def label_storage(image: Image) -> Storage:

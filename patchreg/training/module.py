@@ -153,5 +153,9 @@ class RegistrationModule(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The schedule is a function of the step and of the settings: a resumed run follows the settings it is given."""
+        checkpoint["lr_schedulers"] = []
+
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step_update(num_updates=self.global_step)

@@ -38,7 +38,7 @@ def test_affine_refinement_finds_a_known_affine():
 @pytest.mark.parametrize(("similarity_name", "limit"), [("lncc", 0.6), ("mi", 1.2)])
 def test_deformable_refinement_finds_a_known_displacement(similarity_name, limit):
     grid = head_grid("RAS", (3.0, 3.0, 3.0))
-    fixed, moving, truth = known_pair(grid, head_grid("LPS", (3.0, 3.0, 3.0)))
+    fixed, moving, truth = known_pair(grid, head_grid("LPS", (3.0, 3.0, 3.0)), size_mm=12.0)
     affine = truth.affine_part()
     settings = Refinement(
         similarity=similarity_name, spacings_mm=(5.0, 3.0), regularity=0.2 if similarity_name == "lncc" else 0.05

@@ -50,18 +50,24 @@ def test_a_known_displacement_is_found(pair, found):
 
 @pytest.mark.parametrize("storage", ["LAS", "LPS", "LIA", "oblique", "thick"])
 def test_the_same_pair_stored_otherwise_gives_the_same_world_transform(pair, found, storage, tmp_path):
-    """RAS, LAS, LPS, LIA, oblique, and voxels of 3 x 3 x 6 mm: what differs is what resampling the images costs."""
+    """RAS, LAS, LPS, LIA, oblique, and voxels of 3 x 3 x 6 mm: what differs is what resampling the images costs.
+
+    Limits in mm, mean and worst, at voxels of 3 mm and more: reversed axes cost nothing, other voxels a fifth of one.
+    """
     grids = {
         "oblique": (head_grid("oblique", (3.0, 3.0, 3.0)), head_grid("oblique", (3.0, 3.0, 3.0))),
         "thick": (head_grid("RAS", (3.0, 3.0, 6.0)), head_grid("oblique", (2.5, 3.0, 6.0))),
     }
-    fixed, moving = grids.get(storage, (head_grid(storage, (3.0, 3.0, 3.0)), head_grid("oblique", (2.5, 3.0, 3.5))))
+    if storage in grids:
+        fixed, moving = grids[storage]
+    else:
+        fixed, moving = head_grid(storage, (3.0, 3.0, 3.0)), head_grid("oblique", (2.5, 3.0, 3.5))
     images = known_pair(fixed, moving)[:2]
     files = [save(v, tmp_path / f"{n}.nii.gz", np.int16) for v, n in zip(images, ("fixed", "moving"), strict=True)]
     other = patchreg.register(*files, small_cascade(), refinement=QUICK)
     points = brain_points()
     difference = (other.transform(points) - found.transform(points)).norm(dim=1)
-    mean_limit, worst_limit = {"oblique": (0.35, 2.5), "thick": (0.7, 4.0)}.get(storage, (0.02, 0.2))
+    mean_limit, worst_limit = {"oblique": (0.6, 3.0), "thick": (1.0, 6.0)}.get(storage, (0.02, 0.2))
     assert difference.mean() < mean_limit
     assert difference.max() < worst_limit
 
@@ -77,6 +83,7 @@ def test_all_outputs_are_there_and_agree(pair, found, tmp_path, tolerances):
         "inverse_displacement.nii.gz",
         "summary.json",
         "report.html",
+        "uncertainty.nii.gz",
     }
     fixed, moved = nib.load(fixed_path), nib.load(folder / "moved.nii.gz")
     assert moved.shape == fixed.shape
