@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 Shape3: TypeAlias = tuple[int, int, int]
@@ -14,3 +15,6 @@ Backend: TypeAlias = Literal["auto", "reference", "native"]
 Interpolation: TypeAlias = Literal["linear", "nearest", "label"]
 Padding: TypeAlias = Literal["zeros", "border"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with the name of what is being done, how many parts are done, and how many there are."""

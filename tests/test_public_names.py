@@ -18,7 +18,7 @@ INVENTORY = {
         "label_centroids", "target_error_mm",
     ],
     "patchreg.networks": ["KeypointAffine", "UNet", "VoxelMorph"],
-    "patchreg.cascade": ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Progress", "Result", "Stage", "StageOutput"],
+    "patchreg.cascade": ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Result", "Stage", "StageOutput"],
     "patchreg.datasets": [
         "BRAIN_LABELS", "ManifestDataModule", "Pair", "PairDataModule", "Synthesis", "SynthesisDataModule", "WorldAugmentation", "phantom",
     ],

@@ -2,8 +2,8 @@
 
 from patchreg.cascade.cascade import PatchCascade
 from patchreg.cascade.chain import PreparedPair, StageOutput
-from patchreg.cascade.cover import Progress, Result
+from patchreg.cascade.cover import Result
 from patchreg.cascade.prepared import Normalization, Prepared
 from patchreg.cascade.stage import Stage
 
-__all__ = ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Progress", "Result", "Stage", "StageOutput"]
+__all__ = ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Result", "Stage", "StageOutput"]

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from patchreg.cascade.chain import PreparedPair, StageOutput, train_chain
-from patchreg.cascade.cover import Progress, Result, cover_all
+from patchreg.cascade.cover import Result, cover_all
 from patchreg.cascade.prepared import Normalization, Prepared
 from patchreg.cascade.stage import Stage
 from patchreg.errors import InputError
 from patchreg.spatial import Affine, Transform, Volume
+from patchreg.types import Progress
 
 Parts = Literal["all", "affine", "deformable"]
 

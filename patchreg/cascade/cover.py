@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +12,7 @@ from patchreg.cascade.chain import PreparedPair
 from patchreg.cascade.stage import Stage
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform, Volume
 from patchreg.spatial.patches import Blend, tile, window
-from patchreg.types import Shape3
-
-Progress = Callable[[str, int, int], None]
-"""Called with the stage's name, patches done and patches in all."""
+from patchreg.types import Progress, Shape3
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from patchreg.inference.pretrained import DEFAULT_MODEL
 from patchreg.inference.registration import resample
 from patchreg.io import staged_folder
 from patchreg.spatial import Affine, Grid, MappedGrid, Volume, foreground
-from patchreg.types import Interpolation
-
-Progress = Callable[[str, int, int], None]
+from patchreg.types import Interpolation, Progress
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,11 +24,11 @@ from patchreg.inference.registration import Registration, folding_of
 from patchreg.io import Image, read_image, read_transform
 from patchreg.memory import peak_mib
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume
+from patchreg.types import Progress
 
 log = logging.getLogger(__name__)
 
 Kind = Literal["rigid", "affine", "deformable"]
-Progress = Callable[[str, int, int], None]
 
 DEVICE_SHARE = 0.5
 """Of a GPU's free memory, what images and fields may take; the rest is for the networks."""

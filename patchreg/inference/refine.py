@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,7 @@ from patchreg.ops.windows import gaussian_smooth
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform
 from patchreg.spatial.foreground import box_grid
 from patchreg.spatial.linear import apply_linear
-
-Progress = Callable[[str, int, int], None]
+from patchreg.types import Progress
 
 
 @dataclass(frozen=True)

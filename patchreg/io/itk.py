@@ -12,6 +12,7 @@ import torch
 
 from patchreg.errors import InputError, OutputError
 from patchreg.io import nifti
+from patchreg.io.staging import require_space
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS <-> LPS
@@ -29,13 +30,16 @@ def write_transform(path: Path, transform: Transform) -> None:
 
     Raises:
         InputError: another suffix, or a kind of transform that ITK has not.
-        OutputError: ITK could not write it.
+        OutputError: ITK could not write it, or there is no space for it.
     """
     if not path.name.endswith(TRANSFORM_SUFFIXES):
         raise InputError(f"{path}: transforms are written as ITK files; end the name in .h5")
+    parts = Composite([transform]).transforms
     composite = sitk.CompositeTransform(3)
-    for part in reversed(Composite([transform]).transforms):
+    for part in reversed(parts):
         composite.AddTransform(_to_itk(part))
+    numbers = sum(part.displacement_mm.numel() for part in parts if isinstance(part, DisplacementField))
+    require_space(path, 8 * numbers + 100_000)  # ITK's HDF5 writer crashes on a full disk
     try:
         sitk.WriteTransform(composite, str(path))
     except RuntimeError as error:

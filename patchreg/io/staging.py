@@ -47,6 +47,22 @@ def staged_file(target: Path) -> Iterator[Path]:
         _reporting(target, lambda: os.replace(folder / target.name, target))
 
 
+def require_space(path: Path, size: int) -> None:
+    """Make sure that ``size`` bytes can be written at ``path``: for libraries that crash where a disk fills up.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+            elif shutil.disk_usage(path.absolute().parent).free < size:
+                raise OSError(errno.ENOSPC, "no space left on device")
+    except OSError as error:
+        raise OutputError(_message(path, error)) from error
+
+
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     made: list[Path] = []
