@@ -1,11 +1,11 @@
 """Dice, folding and seconds on images synthesised from label maps that were never trained on, beside ANTs and demons.
 
-    python benchmarks/accuracy.py --label-maps FOLDER --subjects 15 16 [--ants]
+    python benchmarks/accuracy.py --label-maps FOLDER --subjects 15 16 [--contrast random] [--ants-python PYTHON]
 
-Both images of a pair have the same T1-like contrast with noise, bias and blur of their own. Every method gets the same
-files and is scored by the same code: its transform moves the label map, and Dice is the mean over FreeSurfer's brain
-structures. ANTs runs where antspyx is installed (in a process of its own, with --ants-python), demons in SimpleITK after
-an affine map found by SimpleITK.
+Both subjects in turn are the fixed one. The images of a pair have the same T1-like contrast, or each a random one, with
+noise, bias and blur of their own. Every method gets the same files and is scored by the same code: its transform moves
+the label map, and Dice is the mean over FreeSurfer's brain structures. ANTs runs where antspyx is installed (in a
+process of its own, with --ants-python), demons in SimpleITK after an affine map found by SimpleITK.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -26,44 +27,16 @@ from common import table, write_results
 
 import patchreg
 from patchreg.datasets.synthesis import Synthesis, crop_to_content
+from patchreg.inference import Refinement
 from patchreg.inference.registration import resample
 from patchreg.io import read_image, read_transform
 from patchreg.losses import dice
 from patchreg.spatial import Affine, Composite, Transform, folding_percent, jacobian_determinant
 
 BRAIN = (
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    10,
-    11,
-    12,
-    13,
-    14,
-    15,
-    16,
-    17,
-    18,
-    26,
-    28,
-    41,
-    42,
-    43,
-    44,
-    46,
-    47,
-    49,
-    50,
-    51,
-    52,
-    53,
-    54,
-    58,
-    60,
-)
+    2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 26, 28,
+    41, 42, 43, 44, 46, 47, 49, 50, 51, 52, 53, 54, 58, 60,
+)  # fmt: skip
 T1 = {
     0.9: (2, 41, 7, 46, 16, 28, 60), 0.6: (3, 42, 8, 47, 17, 53, 18, 54), 0.75: (10, 49), 0.65: (11, 50, 12, 51, 26, 58),
     0.8: (13, 52), 0.15: (4, 43, 5, 44, 14, 15, 24), 0.5: (507, 511, 25, 57, 85, 72, 30, 62), 0.3: (515, 516, 530),
@@ -80,17 +53,18 @@ print(json.dumps({"seconds": time.perf_counter() - start, "transforms": found["f
 """
 
 
-def make_pair(folder: Path, maps: Path, subjects: tuple[int, int], seed: int) -> dict[str, Path]:
+def make_pair(folder: Path, maps: Path, subjects: tuple[int, int], contrast: str, seed: int) -> dict[str, Path]:
     """Synthesise and write the images and label maps of a pair."""
-    contrast = torch.zeros(1000)
+    t1 = torch.zeros(1000)
     for value, labels in T1.items():
-        contrast[list(labels)] = value
+        t1[list(labels)] = value
     synthesis = Synthesis(thick_probability=0.0, bias=0.3, blur_mm=0.7, noise=0.06, gamma=0.0)
     generator = torch.Generator().manual_seed(seed)
     files = {}
     for name, subject in zip(("fixed", "moving"), subjects, strict=True):
         labels = crop_to_content(read_image(maps / f"subject_{subject:02d}.nii.gz", "labels").volume)
-        image = synthesis.make(labels, contrast, False, generator)
+        values = t1 if contrast == "t1" else synthesis.draw_contrast(t1.numel() - 1, generator)
+        image = synthesis.make(labels, values, False, generator)
         for kind, volume, dtype in (("", image, np.float32), ("_labels", labels, np.int16)):
             files[name + kind] = folder / f"{name}{kind}.nii.gz"
             nib.save(
@@ -171,36 +145,59 @@ def ours(files: dict[str, Path], **options: object) -> tuple[Transform, float]:
     return found.transform, time.perf_counter() - start
 
 
+Method = Callable[[], tuple[Transform, float]]
+FIGURES = ("dice", "folding %", "sd log J", "seconds")
+
+
+def methods(files: dict[str, Path], folder: Path, options: argparse.Namespace) -> dict[str, Method]:
+    """What is compared. Demons compare intensities, so they are left out where the contrasts differ."""
+    found: dict[str, Method] = {
+        "before": lambda: (Affine.identity(), 0.0),
+        "patchreg affine": lambda: ours(files, transform="affine"),
+        "patchreg cascade (no refinement)": lambda: ours(files, refine=False),
+        "patchreg (default)": lambda: ours(files),
+    }
+    if options.contrast == "t1":
+        found["SimpleITK affine, demons"] = lambda: run_demons(files, folder)
+    else:
+        found["patchreg --similarity mi"] = lambda: ours(files, refinement=Refinement(similarity="mi"))
+    if options.ants_python:
+        for kind in options.ants_kinds:
+            found[f"ANTs {kind}"] = lambda kind=kind: run_ants(files, kind, options.ants_python, folder)
+    return found
+
+
+def means(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every method's mean over the pairs."""
+    found = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = [row for row in rows if row["method"] == name]
+        found.append({"method": name, **{f: float(np.mean([row[f] for row in own])) for f in FIGURES}})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--label-maps", type=Path, required=True)
     parser.add_argument("--subjects", type=int, nargs=2, default=(15, 16))
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--ants-python", help="a Python that has antspyx")
-    parser.add_argument("--ants-kinds", nargs="*", default=["Affine", "SyN", "SyNCC"])
+    parser.add_argument("--ants-kinds", nargs="*", default=["Affine", "SyN"])
+    parser.add_argument("--contrast", choices=["t1", "random"], default="t1")
     parser.add_argument("--name", default="accuracy")
     options = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        files = make_pair(folder, options.label_maps, tuple(options.subjects), options.seed)
-        methods: list[tuple[str, Callable[[], tuple[Transform, float]]]] = [
-            ("before", lambda: (Affine.identity(), 0.0)),
-            ("patchreg affine", lambda: ours(files, transform="affine")),
-            ("patchreg cascade", lambda: ours(files, refine=False)),
-            ("patchreg (default)", lambda: ours(files)),
-            ("SimpleITK demons", lambda: run_demons(files, folder)),
-        ]
-        if options.ants_python:
-            methods += [
-                (f"ANTs {k}", lambda k=k: run_ants(files, k, options.ants_python, folder)) for k in options.ants_kinds
-            ]
-        for name, method in methods:
-            transform, seconds = method()
-            rows.append({"method": name, **score(transform, files), "seconds": round(seconds, 1)})
-            print(rows[-1], flush=True)
-    print(table(rows, ["method", "dice", "folding %", "sd log J", "seconds"]))
-    print(write_results(options.name, rows, subjects=list(options.subjects), seed=options.seed))
+    for subjects in (tuple(options.subjects), tuple(reversed(options.subjects))):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            files = make_pair(folder, options.label_maps, subjects, options.contrast, options.seed)
+            for name, method in methods(files, folder, options).items():
+                transform, seconds = method()
+                pair = f"{subjects[1]} onto {subjects[0]}"
+                rows.append({"method": name, "pair": pair, **score(transform, files), "seconds": round(seconds, 1)})
+                print(rows[-1], flush=True)
+    print(table(means(rows), ["method", *FIGURES]))
+    print(write_results(options.name, rows, contrast=options.contrast, seed=options.seed))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def main() -> None:
         if arguments.get("predicts") != "affine":
             arguments["patch_shape"] = options.patch
         if not isinstance(arguments.get("spacing", "whole"), str):
-            arguments["spacing"] = 3.0 if arguments["patches"] > 1 else 1.5
+            arguments["spacing"] = 3.0 if arguments.get("patches", 1) > 1 else 1.5
     rows = [measure(size, config, options.patch) for size in options.sizes]
     print(table(rows, list(rows[0])))
     print(write_results("training_memory", rows, patch=options.patch))
