@@ -137,7 +137,7 @@ def test_a_run_leaves_all_that_is_promised(tmp_path):
 
 @pytest.mark.usefixtures("no_argv")
 def test_resuming_continues_where_the_run_stopped(tmp_path):
-    """Four steps at once, and two steps and two more from the checkpoint, end with the same step and schedule."""
+    """Four steps, continued to eight: the optimiser goes on, and the schedule is that of eight steps in one run."""
     assert main(["fit", "--config", str(experiment(tmp_path, steps=4))]) == 0
     last = tmp_path / "run" / "version_0" / "checkpoints" / "last.ckpt"
     state = torch.load(last, weights_only=True)
@@ -149,7 +149,10 @@ def test_resuming_continues_where_the_run_stopped(tmp_path):
     assert resumed["epoch"] > state["epoch"]
     moments = [s["optimizer_states"][0]["state"][0]["step"] for s in (state, resumed)]
     assert [float(m) for m in moments] == [4.0, 8.0]
-    assert resumed["optimizer_states"][0]["param_groups"][0]["lr"] < 1e-3
+    assert main(["fit", "--config", str(longer)]) == 0
+    straight = torch.load(tmp_path / "run" / "version_2" / "checkpoints" / "last.ckpt", weights_only=True)
+    rates = [s["optimizer_states"][0]["param_groups"][0]["lr"] for s in (resumed, straight)]
+    assert rates[0] == rates[1] < 1e-3
 
 
 @pytest.mark.usefixtures("no_argv")
