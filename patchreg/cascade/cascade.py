@@ -85,6 +85,7 @@ class PatchCascade(nn.Module):
         passes: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        fixed_warp: Transform | None = None,
     ) -> Result:
         """Cover the whole image, stage by stage.
 
@@ -97,10 +98,11 @@ class PatchCascade(nn.Module):
             passes: times a deformable stage covers the image, instead of its own setting.
             seed: of the random patches of further passes.
             progress: told after every batch of patches.
+            fixed_warp: the fixed image is seen through it, as in training. None: as it is.
         """
         generator = torch.Generator().manual_seed(seed)
         stages = [s for s in self._stages() if parts == "all" or (s.predicts == "affine") == (parts == "affine")]
-        pair = PreparedPair(fixed, moving, initial or Affine.identity())
+        pair = PreparedPair(fixed, moving, initial or Affine.identity(), fixed_warp or Affine.identity())
         training = self.training
         self.eval()
         try:

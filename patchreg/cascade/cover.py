@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchreg.cascade.chain import PreparedPair
 from patchreg.cascade.stage import Stage
-from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform, Volume
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume
 from patchreg.spatial.patches import Blend, tile, window
 from patchreg.types import Progress, Shape3
 
@@ -120,6 +120,6 @@ def _patches(
 ) -> tuple[Tensor, Tensor]:
     spacing = min(grids[0].spacing)
     fixed, moving = pair.fixed.at(spacing), pair.moving.at(spacing)
-    fixed_patches = [MappedGrid.identity(grid).sample(fixed).to(device) for grid in grids]
+    fixed_patches = [pair.fixed_warp.on(grid).sample(fixed).to(device) for grid in grids]
     moving_patches = [chain.on(grid).sample(moving).to(device) for grid in grids]
     return torch.cat(fixed_patches), torch.cat(moving_patches)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import torch
 from lightning.pytorch.cli import LightningCLI
 
 from patchreg.training import PeakMemory, SaveRun, TransformWriter
@@ -17,9 +16,6 @@ class RunCLI(LightningCLI):
     def predict(self, model: Any, **options: Any) -> None:
         """Transforms are written as they are found, and not kept."""
         self.trainer.predict(model, **{**options, "return_predictions": False})
-
-    def before_instantiate_classes(self) -> None:
-        torch.set_float32_matmul_precision("high")
 
 
 def run(arguments: list[str]) -> Any:

@@ -80,9 +80,12 @@ class FilePairs(Dataset[Pair]):
 
 
 def generator_for(seed: int | None) -> torch.Generator:
-    """A generator from a seed, or from torch's own random state, which Lightning seeds for every worker."""
-    generator = torch.Generator()
-    return generator.manual_seed(int(torch.randint(2**62, (1,))) if seed is None else seed)
+    """A generator from a seed; or from torch's own random state, which Lightning seeds for every loader process, and
+    the rank, as without such processes all ranks have one state."""
+    if seed is None:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        seed = int(torch.randint(2**62, (1,))) + rank
+    return torch.Generator().manual_seed(seed)
 
 
 def augmented(

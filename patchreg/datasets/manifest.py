@@ -10,7 +10,7 @@ from pathlib import Path
 from patchreg.errors import InputError
 
 SPLITS = ("train", "val", "test")
-_IMAGE = {"image", "labels", "mask", "split"}
+_IMAGE = {"image", "labels", "split"}
 _PAIR = {"fixed", "moving", "fixed_labels", "moving_labels", "split"}
 
 

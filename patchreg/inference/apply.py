@@ -7,7 +7,7 @@ from typing import Any
 
 from patchreg.errors import InputError
 from patchreg.inference.registration import inverse_on, label_storage, resample
-from patchreg.io import read_image, read_transform, staged_file, write_image
+from patchreg.io import nifti, read_grid, read_image, read_transform, staged_file
 from patchreg.io.nifti import check_suffix
 from patchreg.spatial import DisplacementField, Transform, Volume
 from patchreg.types import Interpolation
@@ -39,7 +39,7 @@ def apply_transform(
         raise InputError(f"interpolation must be 'linear', 'nearest' or 'label', got {interpolation!r}")
     chain = read_transform(Path(transform)) if isinstance(transform, (str, Path)) else transform
     source = read_image(image, "labels" if interpolation == "label" else "image")
-    grid = read_image(reference).volume.grid
+    grid, _ = read_grid(reference)
     if inverse:
         chain = DisplacementField(grid, inverse_on(chain, grid)[0])
     return resample(source.volume, chain, grid, interpolation)
@@ -61,7 +61,8 @@ def apply_to_file(
     """
     check_suffix(output)
     source = read_image(image, "labels" if interpolation == "label" else "image")
-    like = read_image(reference)
-    moved = apply_transform(transform, source, like, interpolation, inverse)
+    _, header = read_grid(reference)
+    moved = apply_transform(transform, source, reference, interpolation, inverse)
+    storage = label_storage(source) if interpolation == "label" else source.storage
     with staged_file(output) as path:
-        write_image(path, moved, like, label_storage(source) if interpolation == "label" else source.storage)
+        nifti.write(path, moved.data[0], moved.grid, header, storage)

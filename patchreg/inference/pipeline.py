@@ -19,11 +19,11 @@ from patchreg.cascade import PatchCascade, Prepared
 from patchreg.errors import InputError
 from patchreg.inference.initial import best_start, starting_points
 from patchreg.inference.pretrained import DEFAULT_MODEL, load_model, model_identity
-from patchreg.inference.refine import Refinement, deformable_part, refine_affine, refine_deformable, similarity
+from patchreg.inference.refine import Refinement, refine_affine, refine_deformable, similarity
 from patchreg.inference.registration import Registration, folding_of
 from patchreg.io import Image, read_image, read_transform
 from patchreg.memory import peak_mib
-from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume, collapse
 from patchreg.types import Progress
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def register(
     clock = _Clock()
     target = find_device(device)
     if target.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(target)
     with clock("read"):
         images = _read(fixed, moving, fixed_mask, moving_mask, moving_labels)
@@ -164,36 +165,15 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device {name!r} is unknown: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device {name!r} is not supported: give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(
             "device 'cuda' was asked for, but torch sees no GPU: use --device cpu, or install a CUDA build of torch"
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r} was asked for, but the last one is cuda:{torch.cuda.device_count() - 1}")
     return device
-
-
-def collapse(transform: Transform, fixed: Grid) -> Composite:
-    """``Composite([D, A])`` with one displacement field over the fixed image, as ITK and ANTs like it.
-
-    The field's lattice has the fixed image's directions, reaches one voxel beyond it, and is as fine as the finest field
-    of the chain but no finer than the image. Where there is no deformation the affine map alone is returned.
-    """
-    composite = Composite([transform])
-    fields = [t for t in composite.transforms if isinstance(t, DisplacementField)]
-    if not fields:
-        return Composite([composite.affine_part()])
-    finest = min(min(t.grid.spacing) for t in fields)
-    grid = _field_grid(fixed, [max(finest, s) for s in fixed.spacing])
-    u, affine = deformable_part(composite, grid)
-    return Composite([DisplacementField(grid, u.cpu()), affine])
-
-
-def _field_grid(fixed: Grid, spacing: list[float]) -> Grid:
-    direction = fixed.direction
-    if float((direction.T @ direction - torch.eye(3, dtype=torch.float64)).abs().max()) > 1e-4:
-        low, high = fixed.bounds()  # sheared: ITK has no such fields, so cover it by a world-aligned one
-        shape = ((high - low) / min(spacing)).ceil().long() + 2
-        return Grid.aligned((low + high) / 2, shape.tolist(), min(spacing))
-    return fixed.with_spacing(spacing).padded(1)
 
 
 def storage_device(device: torch.device, *grids: Grid) -> torch.device:

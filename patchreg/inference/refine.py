@@ -14,10 +14,9 @@ from patchreg.cascade import Prepared
 from patchreg.errors import InputError
 from patchreg.losses import LNCC, Diffusion, MutualInformation
 from patchreg.ops.windows import gaussian_smooth
-from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform
+from patchreg.spatial import Affine, Composite, DisplacementField, MappedGrid, Transform, deformable_part
 from patchreg.spatial.foreground import box_grid
-from patchreg.spatial.linear import apply_linear
-from patchreg.types import Progress
+from patchreg.types import Progress, Shape3
 
 
 @dataclass(frozen=True)
@@ -148,55 +147,51 @@ def refine_deformable(
 ) -> Composite:
     """A displacement that replaces the deformable part of ``start`` by a better one.
 
-    The transform is written ``A (x + u(x))`` with its affine part ``A``. ``u``, on a lattice of world-aligned points,
-    starts from what is there and is optimised by Adam through a smoothed lattice of twice the spacing, for
-    similarity plus ``regularity`` times the mean squared gradient of ``u`` in the world.
+    The transform is written ``A (x + u(x))`` with its affine part ``A``. To ``u``, as it is and as fine as it is, every
+    level adds a correction on a lattice of world-aligned points, given by a smoothed lattice of twice the spacing and
+    optimised by Adam for similarity plus ``regularity`` times the mean squared gradient of their sum in the world.
 
-    Memory: on the device about 20 floats a lattice point.
+    Memory: on the device about 20 floats a point of a level's lattice; where the fixed image is, 9 a point of ``u``.
 
     References:
         Siebert et al. 2021 (ConvexAdam), arXiv:2112.03053, sec. 2.2, for Adam on a smoothed coarse lattice.
     """
     loss, rough = settings.loss(), Diffusion()
-    current: Transform = start
     finest = max(fixed.volume.grid.spacing) * 0.75
+    given = [min(t.grid.spacing) for t in Composite([start]).transforms if isinstance(t, DisplacementField)]
+    whole = box_grid(
+        fixed.content,
+        fixed.volume.grid,
+        settings.margin_mm,
+        min(given + [max(s, finest) for s in settings.spacings_mm]),
+    )
+    total, affine = deformable_part(start, whole)
     for number, (wanted, iterations) in enumerate(zip(settings.spacings_mm, settings.iterations, strict=True), start=1):
         level = _Level(fixed, moving, max(wanted, finest), settings.margin_mm, device)
         grid, name = level.grid, f"refining, level {number} of {len(settings.spacings_mm)}"
-        u0, affine = deformable_part(current, grid)
-        u0 = u0.to(device)
+        u0 = DisplacementField(whole, total).on(grid).total_displacement_mm().to(device)
         coarse = [max(2, math.ceil(n / 2)) for n in grid.shape]
         parameters = torch.zeros((1, 3, *coarse), device=device, requires_grad=True)
         spacing = grid.spacing[0]
         optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99), eps=settings.flat)
 
-        def displacement(p: Tensor, u0: Tensor = u0, spacing: float = spacing) -> Tensor:
+        def correction(p: Tensor, shape: Shape3 = grid.shape, spacing: float = spacing) -> Tensor:
             smooth = gaussian_smooth(p, (1.0, 1.0, 1.0), truncate=2.0)
-            return u0 + spacing * F.interpolate(smooth, size=u0.shape[2:], mode="trilinear", align_corners=False)
+            return spacing * F.interpolate(smooth, size=shape, mode="trilinear", align_corners=False)
 
         for step in range(iterations):
-            u = displacement(parameters)
+            u = u0 + correction(parameters)
             mapped = MappedGrid(grid, torch.eye(4, dtype=torch.float64), u).then_affine(affine.matrix)
             value = loss(level.fixed, mapped.sample(level.moving), level.weight(mapped))
-            total = value + settings.regularity * rough(u, grid.spacing)
+            cost = value + settings.regularity * rough(u, grid.spacing)
             optimizer.zero_grad()
-            (total * parameters.numel()).backward()
+            (cost * parameters.numel()).backward()
             optimizer.step()
             if progress:
                 progress(name, step + 1, iterations)
-        current = Composite(
-            [DisplacementField(grid, displacement(parameters.detach()).to(fixed.volume.device)), affine]
-        )
-    return Composite([current])
-
-
-def deformable_part(transform: Transform, grid: Grid) -> tuple[Tensor, Affine]:
-    """``u`` (1, 3, I, J, K) in mm on a grid, and ``A``, with ``T(x) = A (x + u(x))``."""
-    mapped = transform.on(grid)
-    affine = Affine(mapped.matrix)
-    if mapped.displacement_mm is None:
-        return torch.zeros((1, 3, *grid.shape)), affine
-    return apply_linear(torch.linalg.inv(mapped.matrix[:3, :3]), mapped.displacement_mm), affine
+        added = DisplacementField(grid, correction(parameters.detach()).to(total.device))
+        total = total + added.on(whole).total_displacement_mm()
+    return Composite([DisplacementField(whole, total), affine])
 
 
 def similarity(

@@ -14,7 +14,7 @@ import torch
 
 from patchreg.errors import InputError
 from patchreg.io import itk, nifti
-from patchreg.spatial import Volume
+from patchreg.spatial import Grid, Volume
 
 log = logging.getLogger(__name__)
 
@@ -54,12 +54,37 @@ def read_image(source: Any, kind: Kind = "image") -> Image:
     """
     if isinstance(source, Image):
         return source
+    loaded, name = _opened(source)
+    data, grid, header, storage = nifti.decode(loaded, name)
+    return Image(Volume(_checked(data, kind, name), grid, name), header, storage, name)
+
+
+def read_grid(source: Any) -> tuple[Grid, nib.Nifti1Header]:
+    """Where the voxels of an image lie, and its NIfTI header; whatever the voxels are.
+
+    Args:
+        source: as :func:`read_image` takes it.
+
+    Raises:
+        InputError: no such file, or not an image.
+        GeometryError: an affine that is singular or not finite.
+    """
+    if isinstance(source, Image):
+        return source.volume.grid, source.header
+    return nifti.decode_grid(*_opened(source))
+
+
+def _opened(source: Any) -> tuple[Any, str]:
+    """A nibabel image, its voxels perhaps not yet read, and its name."""
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if not path.exists():
-            raise InputError(f"{path}: no such file")
-        if path.is_dir():
-            raise InputError(f"{path}: is a folder; give one image file")
+        try:
+            if not path.exists():
+                raise InputError(f"{path}: no such file")
+            if path.is_dir():
+                raise InputError(f"{path}: is a folder; give one image file")
+        except PermissionError as error:
+            raise InputError(f"{path}: cannot be read (permission denied)") from error
         loaded = itk.read_as_nibabel(path) if path.name.lower().endswith(ITK_SUFFIXES) else nifti.load(path)
         name = str(path)
     elif isinstance(source, nib.spatialimages.SpatialImage):
@@ -72,8 +97,7 @@ def read_image(source: Any, kind: Kind = "image") -> Image:
         name = str(getattr(source, "path", None) or "the torchio image")
     else:
         raise InputError(f"expected a path, a nibabel image or a torchio image, got {type(source).__name__}")
-    data, grid, header, storage = nifti.decode(loaded, name)
-    return Image(Volume(_checked(data, kind, name), grid, name), header, storage, name)
+    return loaded, name
 
 
 def _checked(data: np.ndarray, kind: Kind, name: str) -> torch.Tensor:

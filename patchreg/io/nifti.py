@@ -24,7 +24,7 @@ VECTOR_INTENT = 1007
 
 @dataclass(frozen=True)
 class Storage:
-    """How a file stores intensities: ``value = slope * stored + intercept``."""
+    """How a file stores intensities: ``value = slope * stored + intercept`` where those are integers."""
 
     dtype: np.dtype[Any]
     slope: float = 1.0
@@ -45,6 +45,7 @@ def load(path: Path) -> Any:
         EOFError,
         OSError,
         ValueError,
+        zlib.error,
     ) as error:
         raise InputError(
             f"{path}: not a readable image ({_first_line(error)}); give NIfTI, MGH, NRRD or MetaImage"
@@ -78,13 +79,25 @@ def decode(image: Any, name: str) -> tuple[np.ndarray, Grid, nib.Nifti1Header, S
         raise InputError(
             f"{name}: its voxels cannot be read ({_first_line(error)}); the file is cut short or damaged"
         ) from error
-    header = _nifti_header(image)
-    try:
-        grid = Grid(shape, _affine(image, name))
-    except GeometryError as error:
-        raise GeometryError(f"{name}: {error}") from error
+    grid, header = decode_grid(image, name)
     slope, intercept = _scaling(image)
     return data, grid, header, Storage(stored, slope, intercept)
+
+
+def decode_grid(image: Any, name: str) -> tuple[Grid, nib.Nifti1Header]:
+    """Where the voxels of a nibabel image lie, of each volume where there are several, and its NIfTI header.
+
+    Raises:
+        InputError: fewer than three dimensions.
+        GeometryError: an affine that is singular or not finite.
+    """
+    if len(image.shape) < 3:
+        raise InputError(f"{name}: has shape {tuple(image.shape)}; give a 3-D image")
+    header = _nifti_header(image)
+    try:
+        return Grid(tuple(image.shape[:3]), _affine(image, name)), header
+    except GeometryError as error:
+        raise GeometryError(f"{name}: {error}") from error
 
 
 def _affine(image: Any, name: str) -> np.ndarray:
@@ -137,7 +150,7 @@ def write(path: Path, data: Tensor, grid: Grid, like: nib.Nifti1Header, storage:
     if storage is not None:
         array = _stored(array, storage)
     image = _image(array, grid, like)
-    if storage is not None and (storage.slope, storage.intercept) != (1.0, 0.0):
+    if storage is not None and storage.dtype.kind != "f" and (storage.slope, storage.intercept) != (1.0, 0.0):
         image.header.set_slope_inter(storage.slope, storage.intercept)
     nib.save(image, path)
 

@@ -17,7 +17,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` whose files move into it when the block ends well.
+    """A temporary folder in ``target``, or beside it where it is not there yet, whose files move into it when the block ends well.
 
     Files of the same names in an existing ``target`` are replaced one by one, each atomically; other files there stay.
     When the block fails nothing of it is left.
@@ -75,7 +75,8 @@ def _beside(target: Path) -> Iterator[Path]:
         parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, "permission denied")
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+        inside = target if target.is_dir() else parent  # a folder that exists may be all of a mounted disk
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=inside))
     except OSError as error:
         _remove_empty(made)
         raise OutputError(f"{target}: cannot be written ({_reason(error)}); choose another place") from error
@@ -83,7 +84,8 @@ def _beside(target: Path) -> Iterator[Path]:
     try:
         yield work
     except OSError as error:
-        if isinstance(error, OutputError) or error.errno not in _FULL | {errno.EACCES, errno.EROFS, errno.EIO}:
+        ours = error.errno in _FULL or str(work) in (str(error.filename or ""), str(Path(error.filename or "").parent))
+        if isinstance(error, OutputError) or not ours:
             raise
         raise OutputError(_message(target, error)) from error
     finally:

@@ -1,6 +1,7 @@
 """World geometry: grids, volumes, transforms, patches. World is RAS+ millimetres in float64."""
 
 from patchreg.spatial import transforms
+from patchreg.spatial.collapse import collapse, deformable_part
 from patchreg.spatial.foreground import Foreground, foreground
 from patchreg.spatial.grid import Grid
 from patchreg.spatial.inversion import Inversion, inverse_field, invert
@@ -22,6 +23,8 @@ __all__ = [
     "Transform",
     "VelocityField",
     "Volume",
+    "collapse",
+    "deformable_part",
     "folding_percent",
     "foreground",
     "inverse_field",

@@ -18,11 +18,17 @@ from patchreg.cascade.storage import save_cascade
 from patchreg.datasets import Pair
 from patchreg.io import staged_file, write_transform
 from patchreg.memory import peak_mib
+from patchreg.spatial import collapse
 from patchreg.training.evaluation import Evaluation
 from patchreg.training.module import RegistrationModule
 from patchreg.visual import pixels, registration_figure
 
 log = logging.getLogger(__name__)
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Where a run keeps its files. Every rank must ask: they agree on it together."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 class Pictures(L.Callback):
@@ -49,12 +55,13 @@ class Pictures(L.Callback):
     ) -> None:
         if trainer.sanity_checking or batch_idx >= self.pairs or trainer.current_epoch % self.every_epochs:
             return
+        folder = run_folder(trainer) / "pictures"
         if not trainer.is_global_zero:
             return
         for evaluation in outputs:
-            self._draw(trainer, evaluation, f"pair_{batch_idx}")
+            self._draw(trainer, evaluation, folder, f"pair_{batch_idx}")
 
-    def _draw(self, trainer: L.Trainer, evaluation: Evaluation, name: str) -> None:
+    def _draw(self, trainer: L.Trainer, evaluation: Evaluation, folder: Path, name: str) -> None:
         from PIL import Image
 
         pair, result = evaluation.pair, evaluation.result
@@ -68,7 +75,6 @@ class Pictures(L.Callback):
             pair.fixed_warp,
         )
         picture = pixels(figure)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"{name}_step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
@@ -99,6 +105,7 @@ class SaveRun(SaveConfigCallback):
     """
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        folder = run_folder(trainer) / "model"
         if not isinstance(pl_module, RegistrationModule) or not trainer.is_global_zero:
             return
         config = yaml.safe_load(self.parser.dump(self.config, skip_link_targets=False))
@@ -107,7 +114,6 @@ class SaveRun(SaveConfigCallback):
         if best:
             state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
             pl_module.load_state_dict(state)
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         for stage in cascade["init_args"]["stages"]:
             stage["init_args"].pop("frozen", None)  # of the training, not of the model
         save_cascade(folder, pl_module.cascade, cascade)
@@ -131,8 +137,8 @@ class TransformWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        root = Path(trainer.log_dir or trainer.default_root_dir) / self.folder
-        for offset, (_, result) in enumerate(prediction):
+        root = run_folder(trainer) / self.folder
+        for offset, (pair, result) in enumerate(prediction):
             number = trainer.world_size * (batch_idx * len(prediction) + offset) + trainer.global_rank
             with staged_file(root / f"{number:04d}.h5") as path:
-                write_transform(path, result.transform)
+                write_transform(path, collapse(result.transform, pair.fixed.grid))

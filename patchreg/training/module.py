@@ -85,7 +85,9 @@ class RegistrationModule(L.LightningModule):
 
     def register(self, pair: PreparedPair) -> Result:
         """Register one pair, covering the whole image."""
-        return self.cascade.register(pair.fixed, pair.moving, pair.initial, batch=self.patch_batch)
+        return self.cascade.register(
+            pair.fixed, pair.moving, pair.initial, batch=self.patch_batch, fixed_warp=pair.fixed_warp
+        )
 
     def training_step(self, batch: Sequence[Pair], batch_idx: int) -> Tensor:
         outputs = self.cascade([self.prepare(pair) for pair in batch])
@@ -115,17 +117,16 @@ class RegistrationModule(L.LightningModule):
             result = self.register(prepared)
             evaluation = evaluate(prepared, result, self.objective.labels)
             for name, value in evaluation.metrics.items():
-                if math.isfinite(value):
-                    shown = name in ("dice", "similarity")
-                    self.log(
-                        f"{split}/{name}",
-                        value,
-                        prog_bar=shown,
-                        on_epoch=True,
-                        on_step=False,
-                        batch_size=1,
-                        sync_dist=True,
-                    )
+                known = math.isfinite(value)  # every rank must log the same names; what is unknown weighs nothing
+                self.log(
+                    f"{split}/{name}",
+                    value if known else 0.0,
+                    prog_bar=name in ("dice", "similarity"),
+                    on_epoch=True,
+                    on_step=False,
+                    batch_size=int(known),
+                    sync_dist=True,
+                )
             found.append(evaluation)
         return found
 

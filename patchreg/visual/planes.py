@@ -74,7 +74,8 @@ def log_jacobian(transform: Transform, plane: Plane) -> Array:
     )
     determinant = jacobian_determinant(transform.on(thick))[0, 0].select(plane.normal, 1)
     logarithm = torch.where(determinant > 0, determinant.clamp(min=1e-6).log(), torch.nan)
-    return logarithm.numpy().T
+    array: Array = logarithm.detach().cpu().numpy().T
+    return array
 
 
 def values_on(values: Volume, plane: Plane) -> Array:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cascade_parts import Constant, ConstantAffine, Pointwise, made_pair, prepared, small_cascade
-from conftest import blobs, oriented_grid
+from conftest import blobs, known_transform, oriented_grid
 
 from patchreg.cascade import PatchCascade, Stage
 from patchreg.spatial import Affine, DisplacementField
@@ -132,3 +132,18 @@ def test_empty_places_are_no_trouble():
             for t in found.transform.transforms
             if isinstance(t, DisplacementField)
         )
+
+
+def test_the_fixed_image_is_seen_through_its_warp():
+    """As in training: what is measured in validation is what the networks saw."""
+    pair = made_pair()
+    warp = known_transform(seed=4, size_mm=8.0, affine=False)
+    stage = Stage(Constant((0.0, 0, 0)), patch_shape=16, spacing="whole")
+    cascade = PatchCascade([stage])
+    cascade.register(pair.fixed, pair.moving)
+    cascade.register(pair.fixed, pair.moving, fixed_warp=warp)
+    (plain, moving), (warped, same) = stage.network.seen
+    grid = stage.lattice(pair.fixed.content, pair.fixed.volume.grid)
+    assert torch.allclose(warped, warp.on(grid).sample(pair.fixed.at(min(grid.spacing))), atol=1e-5)
+    assert (warped - plain).abs().max() > 0.1
+    assert torch.equal(moving, same)

@@ -15,12 +15,12 @@ import patchreg
 from patchreg.cascade import PatchCascade, Stage
 from patchreg.errors import InputError
 from patchreg.inference.initial import starting_points
-from patchreg.inference.pipeline import collapse, find_device
+from patchreg.inference.pipeline import find_device
 from patchreg.inference.refine import Refinement
 from patchreg.io import read_image, read_transform
 from patchreg.losses import target_error_mm
 from patchreg.networks import VoxelMorph
-from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Volume
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Volume, collapse
 
 QUICK = Refinement(spacings_mm=(5.0, 3.0), iterations=(30, 25), regularity=0.2)
 
@@ -234,6 +234,8 @@ def test_bad_settings(pair):
         patchreg.register(pair[0], pair[1], small_cascade(), transform="similarity")
     with pytest.raises(InputError, match="device 'tpu9' is unknown"):
         find_device("tpu9")
+    with pytest.raises(InputError, match="device 'meta' is not supported"):
+        find_device("meta")
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="torch sees no GPU"):
             find_device("cuda")

@@ -12,7 +12,7 @@ import torchio as tio
 from conftest import blobs, oriented_grid
 
 from patchreg.errors import GeometryError, InputError
-from patchreg.io import Storage, read_image, write_image
+from patchreg.io import Storage, read_grid, read_image, write_image
 from patchreg.spatial import Grid, Volume
 
 
@@ -185,3 +185,39 @@ def test_images_are_written_as_nifti(tmp_path):
     read = read_image(nifti(np.random.default_rng(0).random((4, 4, 4))))
     with pytest.raises(InputError, match=r"end the name in \.nii"):
         write_image(tmp_path / "out.png", read.volume, read)
+
+
+def test_scaled_floats_keep_their_values(tmp_path):
+    """SPM and some PET scanners write float voxels with a slope: the copy holds the values themselves."""
+    values = np.random.default_rng(0).normal(5, 2, (6, 7, 8)).astype(np.float32)
+    image = nib.Nifti1Image(values, np.eye(4))
+    image.header.set_slope_inter(2.0, 10.0)
+    nib.save(image, tmp_path / "a.nii")
+    read = read_image(tmp_path / "a.nii")
+    assert np.allclose(read.volume.data[0], nib.load(tmp_path / "a.nii").get_fdata(), rtol=1e-5)
+    write_image(tmp_path / "b.nii", read.volume, read, read.storage)
+    again = nib.load(tmp_path / "b.nii")
+    assert np.allclose(again.get_fdata(), read.volume.data[0], rtol=1e-5)
+    assert again.get_data_dtype() == np.float32
+
+
+def test_damaged_compression_is_named(tmp_path):
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(20, 20, 20)), np.eye(4)), tmp_path / "a.nii.gz")
+    stored = bytearray((tmp_path / "a.nii.gz").read_bytes())
+    for place in (15, 30, 200, len(stored) // 2):
+        damaged = stored.copy()
+        damaged[place : place + 8] = b"\xff" * 8
+        (tmp_path / "bad.nii.gz").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"bad\.nii\.gz"):
+            read_image(tmp_path / "bad.nii.gz")
+
+
+def test_a_grid_needs_no_usable_voxels(tmp_path):
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    nib.save(nib.Nifti1Image(np.full((4, 5, 6, 3), np.nan), affine), tmp_path / "a.nii")
+    grid, header = read_grid(tmp_path / "a.nii")
+    assert grid.shape == (4, 5, 6)
+    assert np.allclose(grid.affine, affine)
+    assert header["sform_code"] > 0
+    with pytest.raises(InputError, match="no such file"):
+        read_grid(tmp_path / "b.nii")

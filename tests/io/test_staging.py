@@ -116,3 +116,19 @@ def test_targets_that_cannot_be(tmp_path):
         pass
     with pytest.raises(OutputError, match="cannot be written"), staged_folder(tmp_path.__class__("/proc/patchreg/out")):
         pass
+
+
+def test_a_folder_that_exists_is_staged_within(tmp_path):
+    """It may be all of a mounted disk: nothing can be renamed into it from beside it."""
+    target = tmp_path / "mounted"
+    target.mkdir()
+    with staged_folder(target) as work:
+        assert work.parent == target
+        (work / "a").write_text("new")
+        assert [p.name for p in tmp_path.iterdir()] == ["mounted"]
+    assert [p.name for p in target.iterdir()] == ["a"]
+
+
+def test_trouble_with_another_file_is_not_blamed_on_the_output(tmp_path):
+    with pytest.raises(PermissionError), staged_folder(tmp_path / "out"):
+        raise PermissionError(13, "permission denied", str(tmp_path / "input.nii.gz"))

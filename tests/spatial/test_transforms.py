@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import blobs, known_transform, oriented_grid
@@ -151,3 +152,12 @@ def test_mismatched_fields_are_refused():
         MappedGrid(grid, torch.eye(4), torch.zeros(1, 3, 4, 5, 7))
     with pytest.raises(GeometryError, match="singular"):
         Affine(torch.diag(torch.tensor([1.0, 1, 0, 1])))
+
+
+def test_points_may_be_arrays_or_lists():
+    transform = known_transform()
+    given = np.array([[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0]])
+    expected = transform(torch.from_numpy(given))
+    assert torch.equal(transform(given), expected)
+    assert torch.equal(transform(given.tolist()), expected)
+    assert torch.allclose(transform(given[0]), expected[0], atol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from patchreg.spatial.grid import Grid
@@ -30,16 +31,16 @@ class Transform(ABC):
         """Where the voxel centres of ``grid`` go."""
         return self.map(MappedGrid.identity(grid))
 
-    def __call__(self, points_mm: Tensor) -> Tensor:
+    def __call__(self, points_mm: Tensor | ArrayLike) -> Tensor:
         """Where world points go.
 
         Args:
-            points_mm: (..., 3), RAS+ mm.
+            points_mm: (..., 3), RAS+ mm; a tensor, an array or nested lists.
 
         Returns:
             (..., 3), float64, on the CPU; fields are interpolated linearly.
         """
-        points = points_mm.to("cpu", torch.float64)
+        points = torch.as_tensor(points_mm).to("cpu", torch.float64)
         flat = points.reshape(-1, 3)
         grid = Grid((max(1, flat.shape[0]), 1, 1), torch.eye(4))
         if flat.shape[0] == 0:
