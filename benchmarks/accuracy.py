@@ -27,7 +27,6 @@ from common import table, write_results
 
 import patchreg
 from patchreg.datasets.synthesis import Synthesis, crop_to_content
-from patchreg.inference import Refinement
 from patchreg.inference.registration import resample
 from patchreg.io import read_image, read_transform
 from patchreg.losses import dice
@@ -160,7 +159,7 @@ def methods(files: dict[str, Path], folder: Path, options: argparse.Namespace) -
     if options.contrast == "t1":
         found["SimpleITK affine, demons"] = lambda: run_demons(files, folder)
     else:
-        found["patchreg --similarity mi"] = lambda: ours(files, refinement=Refinement(similarity="mi"))
+        found["patchreg --refine"] = lambda: ours(files, refine=True)
     if options.ants_python:
         for kind in options.ants_kinds:
             found[f"ANTs {kind}"] = lambda kind=kind: run_ants(files, kind, options.ants_python, folder)

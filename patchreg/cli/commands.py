@@ -37,14 +37,14 @@ def add_register(parsers: Subparsers) -> None:
     p.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="optimise the result on this pair (default: yes)",
+        default=None,
+        help="optimise the result on this pair (default: if both have the same contrast)",
     )
     p.add_argument(
         "--similarity",
         choices=("lncc", "mi"),
         default="lncc",
-        help="what --refine maximises; mi for unrelated contrasts (default: %(default)s)",
+        help="what the optimisation maximises; mi optimises whatever the contrasts (default: %(default)s)",
     )
     p.add_argument("--fixed-mask", type=Path, metavar="F", help="where the fixed image counts")
     p.add_argument("--moving-mask", type=Path, metavar="M", help="where the moving image counts")
@@ -227,8 +227,8 @@ def add_demo(parsers: Subparsers) -> None:
     p.add_argument(
         "--refine",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="optimise the result on the pair (default: yes)",
+        default=None,
+        help="optimise the result on the pair (default: yes, as both have the same contrast)",
     )
     _common(p)
     p.set_defaults(command=_demo)

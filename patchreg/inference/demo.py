@@ -64,7 +64,11 @@ def make_pair(seed: int, spacing_mm: float = 2.0) -> tuple[tuple[Volume, Volume]
 
 
 def run_demo(
-    folder: Path, seed: int = 0, model: str = DEFAULT_MODEL, refine: bool = True, progress: Progress | None = None
+    folder: Path,
+    seed: int = 0,
+    model: str = DEFAULT_MODEL,
+    refine: bool | None = None,
+    progress: Progress | None = None,
 ) -> Demo:
     """Make a pair of heads, register them, measure, and write it all.
 
@@ -72,7 +76,7 @@ def run_demo(
         folder: gets ``fixed.nii.gz``, ``moving.nii.gz``, their labels, and every output of a registration.
         seed: which heads.
         model: of the zoo, or a folder.
-        refine: whether the result is optimised on the pair.
+        refine: whether the result is optimised on the pair; None: as :func:`register` decides.
         progress: called with the step's name, parts done and parts in all.
 
     Raises:

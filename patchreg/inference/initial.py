@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 
@@ -40,9 +39,3 @@ def overlap(fixed: Prepared, moving: Prepared) -> bool:
     shared = float((high - low).clamp(min=0).prod())
     sizes = [float((c.high_mm - c.low_mm).prod()) for c in (fixed.content, moving.content)]
     return shared > 0.1 * min(sizes)
-
-
-def best_start(found: Sequence[tuple[str, Transform, float]]) -> tuple[str, Transform]:
-    """The start with the largest similarity; the first where they are equal."""
-    name, transform, _ = max(found, key=lambda item: item[2])
-    return name, transform

@@ -17,9 +17,9 @@ import torch
 import patchreg
 from patchreg.cascade import PatchCascade, Prepared
 from patchreg.errors import InputError
-from patchreg.inference.initial import best_start, starting_points
+from patchreg.inference.initial import starting_points
 from patchreg.inference.pretrained import DEFAULT_MODEL, load_model, model_identity
-from patchreg.inference.refine import Refinement, refine_affine, refine_deformable, similarity
+from patchreg.inference.refine import Refinement, contrast_agreement, refine_affine, refine_deformable, similarity
 from patchreg.inference.registration import Registration, folding_of
 from patchreg.io import Image, read_image, read_transform
 from patchreg.memory import peak_mib
@@ -30,6 +30,10 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["rigid", "affine", "deformable"]
 
+SAME_CONTRAST = 0.9
+"""Of :func:`contrast_agreement`, from where on images are refined on the pair without being asked. Pairs of T1-weighted
+scans and pairs synthesised with one contrast had 0.99 to 1.00, pairs of unrelated contrasts 0.07 to 0.87."""
+
 DEVICE_SHARE = 0.5
 """Of a GPU's free memory, what images and fields may take; the rest is for the networks."""
 
@@ -39,7 +43,7 @@ def register(
     moving: Any,
     model: str | Path | PatchCascade = DEFAULT_MODEL,
     transform: Kind = "deformable",
-    refine: bool = True,
+    refine: bool | None = None,
     fixed_mask: Any = None,
     moving_mask: Any = None,
     moving_labels: Any = None,
@@ -58,7 +62,9 @@ def register(
         moving: the image that is moved.
         model: a model of the zoo by name, a folder, or a cascade.
         transform: ``"rigid"``, ``"affine"`` or ``"deformable"``.
-        refine: optimise the result on this pair.
+        refine: optimise the result on this pair. None: if bright is bright in both (see
+            :func:`patchreg.inference.refine.contrast_agreement`), because local correlation misleads where it is not;
+            or if ``refinement`` asks for mutual information.
         fixed_mask: where the fixed image counts; voxels that are not zero.
         moving_mask: the same for the moving image. Masks say where content lies and where similarity is measured.
         moving_labels: a label map of the moving image, to be moved along.
@@ -96,8 +102,15 @@ def register(
         moving_ready = cascade.prepare(images.moving.volume.to(store), mask=_volume(images.moving_mask, store))
     with clock("affine"):
         starts = [("given", start)] if start is not None else starting_points(fixed_ready, moving_ready)
-        name, began, affine = _affine(
-            cascade, fixed_ready, moving_ready, starts, transform, refine, settings, target, seed, progress
+        best = _affine(cascade, fixed_ready, moving_ready, starts, transform, refine, settings, target, seed, progress)
+    name, began, affine = best.name, dict(starts)[best.name], best.chain
+    if refine is None and not best.refined:
+        log.warning(
+            "%s and %s differ in contrast (agreement %.2f): what the networks found is not refined on the pair; "
+            "--refine does so all the same",
+            images.fixed.path,
+            images.moving.path,
+            best.agreement,
         )
     found: Transform = affine
     uncertainty: Volume | None = None
@@ -107,7 +120,7 @@ def register(
                 fixed_ready, moving_ready, affine, "deformable", passes=passes, seed=seed, progress=progress
             )
             found, uncertainty = result.transform, result.spread
-        if refine:
+        if best.refined:
             with clock("refine"):
                 found = refine_deformable(fixed_ready, moving_ready, found, settings, target, progress)
     with clock("collapse"):
@@ -120,7 +133,8 @@ def register(
         "moving": images.moving.path,
         "transform": transform,
         "model": identity,
-        "refined": refine,
+        "refined": best.refined,
+        "contrast_agreement": round(best.agreement, 4),
         "seed": seed,
         "start": name,
         "similarity": {
@@ -218,31 +232,43 @@ def _volume(image: Image | None, device: torch.device) -> Volume | None:
     return None if image is None else image.volume.to(device)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """What was found from a starting point: the rigid or affine chain, how good it is, and whether to refine."""
+
+    name: str
+    chain: Transform
+    similarity: float
+    agreement: float
+    refined: bool
+
+
 def _affine(
     cascade: PatchCascade,
     fixed: Prepared,
     moving: Prepared,
     starts: list[tuple[str, Transform]],
     kind: Kind,
-    refine: bool,
+    refine: bool | None,
     settings: Refinement,
     device: torch.device,
     seed: int,
     progress: Progress | None,
-) -> tuple[str, Transform, Transform]:
-    """The name of the best start, the start itself, and the rigid or affine chain that was found from it."""
-    tried: list[tuple[str, Transform, float]] = []
-    began = dict(starts)
+) -> _Start:
+    """The best of what is found from every starting point; of equals the first."""
+    tried: list[_Start] = []
     for name, start in starts:
         found = cascade.register(fixed, moving, start, "affine", seed=seed, progress=progress).affine
         if kind == "rigid":
             found = _rigid(found, start, fixed)
-        if refine:
+        agreement = contrast_agreement(fixed, moving, found, settings.affine_spacing_mm)
+        chosen = refine if refine is not None else settings.similarity == "mi" or agreement >= SAME_CONTRAST
+        if chosen:
             step = refine_affine(fixed, moving, found, settings, kind == "rigid", device, progress)
             found = Composite([step, found])
-        tried.append((name, found, similarity(fixed, moving, found, settings, settings.affine_spacing_mm)))
-    name, chain = best_start(tried)
-    return name, began[name], chain
+        likeness = similarity(fixed, moving, found, settings, settings.affine_spacing_mm)
+        tried.append(_Start(name, found, likeness, agreement, chosen))
+    return max(tried, key=lambda item: item.similarity)
 
 
 def _rigid(found: Transform, start: Transform, fixed: Prepared) -> Transform:

@@ -194,6 +194,26 @@ def refine_deformable(
     return Composite([DisplacementField(whole, total), affine])
 
 
+def contrast_agreement(fixed: Prepared, moving: Prepared, transform: Transform, spacing_mm: float) -> float:
+    """Whether bright is bright in both images: from 1 (wherever they are related) to -1 (dark there), 0 for no rule.
+
+    The local correlations ``r`` in windows of 7 lattice points, as ``sum r |r| / sum r^2``.
+    """
+    level = _Level(fixed, moving, spacing_mm, 0.0, torch.device("cpu"))
+    with torch.no_grad():
+        a, b = level.fixed, transform.on(level.grid).sample(level.moving)
+
+        def mean(x: Tensor) -> Tensor:
+            return F.avg_pool3d(x, 7, stride=3)
+
+        if min(a.shape[2:]) < 7:
+            return 1.0
+        covariance = mean(a * b) - mean(a) * mean(b)
+        variances = [(mean(x * x) - mean(x).square()).clamp(min=0) for x in (a, b)]
+        r = covariance / (variances[0] * variances[1] + 1e-5).sqrt()
+        return float((r * r.abs()).sum() / r.square().sum().clamp(min=1e-12))
+
+
 def similarity(
     fixed: Prepared, moving: Prepared, transform: Transform, settings: Refinement, spacing_mm: float
 ) -> float:
