@@ -18,6 +18,8 @@ from patchreg.spatial import Affine, Composite, DisplacementField, MappedGrid, T
 from patchreg.spatial.foreground import box_grid
 from patchreg.types import Progress, Shape3
 
+AGREEMENT_WINDOW = 7
+
 
 @dataclass(frozen=True)
 class Refinement:
@@ -197,20 +199,24 @@ def refine_deformable(
 def contrast_agreement(fixed: Prepared, moving: Prepared, transform: Transform, spacing_mm: float) -> float:
     """Whether bright is bright in both images: from 1 (wherever they are related) to -1 (dark there), 0 for no rule.
 
-    The local correlations ``r`` in windows of 7 lattice points, as ``sum r |r| / sum r^2``.
+    The local correlations ``r`` in windows of 7 lattice points that lie inside both contents, as
+    ``sum r |r| / sum r^2``. What lies at the contents' rim would always agree: there is an image on one side only.
     """
     level = _Level(fixed, moving, spacing_mm, 0.0, torch.device("cpu"))
+    if min(level.grid.shape) < AGREEMENT_WINDOW:
+        return 1.0
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool3d(x, AGREEMENT_WINDOW, stride=AGREEMENT_WINDOW // 2)
+
     with torch.no_grad():
-        a, b = level.fixed, transform.on(level.grid).sample(level.moving)
-
-        def mean(x: Tensor) -> Tensor:
-            return F.avg_pool3d(x, 7, stride=3)
-
-        if min(a.shape[2:]) < 7:
-            return 1.0
+        images = level.fixed, transform.on(level.grid).sample(level.moving)
+        a, b = images
         covariance = mean(a * b) - mean(a) * mean(b)
-        variances = [(mean(x * x) - mean(x).square()).clamp(min=0) for x in (a, b)]
+        variances = [(mean(x * x) - mean(x).square()).clamp(min=0) for x in images]
         r = covariance / (variances[0] * variances[1] + 1e-5).sqrt()
+        inside = torch.stack([mean((x > 0.05).float()) >= 0.9 for x in images]).all(dim=0)
+        r = r[inside] if bool(inside.any()) else r
         return float((r * r.abs()).sum() / r.square().sum().clamp(min=1e-12))
 
 
