@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -206,6 +207,9 @@ def test_wandb_offline_gets_metrics_and_pictures(tmp_path, monkeypatch):
     assert len(images) == 2
     summaries = list(tmp_path.rglob("*.wandb"))
     assert len(summaries) == 1
+    until = time.monotonic() + 60  # wandb's own process writes, and on a busy machine lags behind
+    while b"val/dice" not in summaries[0].read_bytes() and time.monotonic() < until:
+        time.sleep(0.2)
     assert b"val/dice" in summaries[0].read_bytes()
 
 
