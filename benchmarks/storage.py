@@ -1,6 +1,6 @@
 """How far the found transform depends on how the same pair is stored: axes, obliqueness, voxel size.
 
-    python benchmarks/storage.py --label-maps FOLDER --subjects 15 16
+    python benchmarks/storage.py --label-maps FOLDER --subjects 15 16 [--no-refine]
 
 The pair of benchmarks/accuracy.py is registered as it is stored, then again with both images stored otherwise: axes
 reversed and permuted (the same voxels, written in another order), resampled to an oblique grid, and to 1 x 1 x 3 mm.
@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--label-maps", type=Path, required=True)
     parser.add_argument("--subjects", type=int, nargs=2, default=(15, 16))
     parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--no-refine", action="store_true", help="the networks' answer alone")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -103,7 +104,7 @@ def main() -> None:
                     stored.append(resampled(files[name], thick(grid), out))
                 else:
                     stored.append(reoriented(files[name], storage, out))
-            found = patchreg.register(*stored)
+            found = patchreg.register(*stored, refine=not options.no_refine)
             reference = reference or found
             row: dict[str, object] = {"stored as": storage}
             for name, ours, first in (
@@ -116,7 +117,14 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
     print(table(rows, list(rows[0])))
-    print(write_results("storage", rows, subjects=list(options.subjects), seed=options.seed))
+    print(
+        write_results(
+            "storage_networks" if options.no_refine else "storage",
+            rows,
+            subjects=list(options.subjects),
+            seed=options.seed,
+        )
+    )
 
 
 if __name__ == "__main__":
