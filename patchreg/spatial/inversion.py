@@ -15,6 +15,9 @@ from patchreg.spatial.transforms import Affine, Composite, DisplacementField, Tr
 
 log = logging.getLogger(__name__)
 
+FEW = 0.2
+"""Share of unsolved points from which on they are solved by themselves, and not with all the others."""
+
 
 @dataclass(frozen=True)
 class Inversion:
@@ -84,17 +87,59 @@ def _iterate(
         done += 1
         mapped = transform.map(MappedGrid(grid, back, e))
         residual = -mapped.total_displacement_mm()  # y - T(x)
-        size = residual.norm(dim=1, keepdim=True)
+        size = residual.square().sum(dim=1, keepdim=True).sqrt()
         better = size < least
         best = torch.where(better, e, best)
         step = torch.where(better, (step * 1.2).clamp(max=1.0), step * 0.5)
         least = torch.minimum(size, least)
         before, mean = mean, float(least.mean())
         stalled = stalled + 1 if mean > 0.98 * before else 0
-        if stalled == 3 or float((least > tolerance_mm).float().mean()) <= 1e-4:
+        unsolved = least[0, 0] > tolerance_mm
+        share = float(unsolved.float().mean())
+        if stalled == 3 or share <= 1e-4:
+            break
+        if share < FEW:
+            x, size, done = _solve_points(transform, back, grid, best, unsolved, tolerance_mm, done, iterations)
+            best, least = best.clone(), least.clone()
+            best[0][:, unsolved], least[0, 0][unsolved] = x, size
+            mean = float(least.mean())
             break
         e = e + apply_linear(back[:3, :3], step * residual)
     return best, mean, float(least.max()), done
+
+
+def _solve_points(
+    transform: Transform,
+    back: Tensor,
+    grid: Grid,
+    start: Tensor,
+    chosen: Tensor,
+    tolerance_mm: float,
+    done: int,
+    iterations: int,
+) -> tuple[Tensor, Tensor, int]:
+    """The same iteration for a few points of the grid alone: ``e`` (3, N), residuals (N,), and the iterations run."""
+    y = grid.to_world(chosen.nonzero())
+    linear, offset = back[:3, :3], back[:3, 3]
+    origin = y @ linear.T + offset
+    e = best = start[0][:, chosen].T.double()
+    step, least = torch.ones((len(y), 1), dtype=y.dtype), torch.full((len(y), 1), torch.inf, dtype=y.dtype)
+    enough = 1e-4 * chosen.numel()
+    mean, stalled = float("inf"), 0
+    while done < iterations:
+        done += 1
+        residual = y - transform(origin + e)
+        size = residual.square().sum(dim=1, keepdim=True).sqrt()
+        better = size < least
+        best = torch.where(better, e, best)
+        step = torch.where(better, (step * 1.2).clamp(max=1.0), step * 0.5)
+        least = torch.minimum(size, least)
+        before, mean = mean, float(least.mean())
+        stalled = stalled + 1 if mean > 0.98 * before else 0
+        if stalled == 3 or int((least > tolerance_mm).sum()) <= enough:
+            break
+        e = e + (step * residual) @ linear.T
+    return best.T.float(), least[:, 0].float(), done
 
 
 def inverse_field(transform: Transform, grid: Grid) -> tuple[DisplacementField, Inversion]:
