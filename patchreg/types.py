@@ -16,5 +16,8 @@ Interpolation: TypeAlias = Literal["linear", "nearest", "label"]
 Padding: TypeAlias = Literal["zeros", "border"]
 Reduction: TypeAlias = Literal["mean", "sum", "none"]
 
+Memory: TypeAlias = Literal["stored", "recompute"]
+"""What an operation keeps for its backward pass: what makes it fast, or nothing of volume size."""
+
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of what is being done, how many parts are done, and how many there are."""
