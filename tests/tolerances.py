@@ -11,6 +11,12 @@ class Tolerances:
     """Relative L2 error of an operation's value in float32 against float64."""
     value_float64: float = 1e-10
     """Relative error against a closed form in float64."""
+    kernel_value: float = 1e-6
+    """Relative L2 error of a native kernel's value in float32 against the reference in float64."""
+    kernel_gradient: float = 1e-5
+    """The same of its gradients."""
+    kernel_gradient_at_steps: float = 1e-4
+    """The same where two images share a step much higher than their texture: the gradient is a small difference there."""
     half: float = 1e-2
     """Relative L2 error of values from half-precision inputs."""
     points_mm: float = 1e-3

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from patchreg import ops
-from patchreg.types import Backend
+from patchreg.types import Backend, Memory
 
 
 class LNCC(nn.Module):
@@ -15,16 +15,26 @@ class LNCC(nn.Module):
         window: odd side of the window in voxels.
         eps: added to the product of the variances.
         kernel: ``"box"`` or ``"gaussian"``.
+        memory: ``"stored"`` or ``"recompute"``; see :func:`patchreg.ops.lncc`.
         backend: see :mod:`patchreg.ops`.
     """
 
-    def __init__(self, window: int = 9, eps: float = 1e-5, kernel: str = "box", backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        window: int = 9,
+        eps: float = 1e-5,
+        kernel: str = "box",
+        memory: Memory = "stored",
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
-        self.window, self.eps, self.kernel, self.backend = window, eps, kernel, backend
+        self.window, self.eps, self.kernel, self.memory, self.backend = window, eps, kernel, memory, backend
 
     def forward(self, fixed: Tensor, moved: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images (B, C, I, J, K), mask (B, 1, I, J, K); a scalar from 0 to 1."""
-        value = ops.lncc(fixed, moved, self.window, self.eps, mask, kernel=self.kernel, backend=self.backend)
+        value = ops.lncc(
+            fixed, moved, self.window, self.eps, mask, kernel=self.kernel, memory=self.memory, backend=self.backend
+        )
         return 1 - value
 
 
