@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from patchreg.errors import InputError
 
@@ -35,11 +36,20 @@ def same_device(first: str, a: Tensor, second: str, b: Tensor) -> None:
         raise InputError(f"{first} is on {a.device} and {second} on {b.device}: move one of them")
 
 
-def broadcast_mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
+def broadcast_mask(name: str, mask: Tensor, like: Tensor, weights: bool = False) -> Tensor:
     """``mask`` as a (B, 1, I, J, K) tensor of the dtype and device of ``like``.
 
+    Its content is only looked at where it can be: not while a graph is traced or captured. What an empty mask means
+    there is up to the operation.
+
+    Args:
+        name: for messages.
+        mask: (B, 1, I, J, K) or (1, 1, I, J, K).
+        like: (B, C, I, J, K).
+        weights: whether negative values are refused.
+
     Raises:
-        InputError: the mask does not broadcast to ``like``, or is empty.
+        InputError: the mask does not broadcast to ``like``, is empty, or negative where it must not be.
     """
     wanted = (like.shape[0], 1, *like.shape[2:])
     if (
@@ -49,7 +59,18 @@ def broadcast_mask(name: str, mask: Tensor, like: Tensor) -> Tensor:
         or mask.shape[0] not in (1, like.shape[0])
     ):
         raise InputError(f"{name} must have shape {wanted}, got {tuple(mask.shape)}")
-    mask = mask.to(like.device, like.dtype if like.is_floating_point() else torch.float32).expand(wanted)
-    if not bool((mask.flatten(1) > 0).any(dim=1).all()):
-        raise InputError(f"{name} is empty: no voxel is selected")
-    return mask
+    mask = mask.to(like.device, like.dtype if like.is_floating_point() else torch.float32)
+    if has_content(mask):
+        low, high = mask.detach().flatten(1).aminmax(dim=1)
+        if not bool((high > 0).all()):
+            raise InputError(f"{name} is empty: no voxel is selected")
+        if weights and bool((low < 0).any()):
+            raise InputError(f"{name} must not be negative, got {float(low.min()):g}")
+    return mask.expand(wanted)
+
+
+def has_content(tensor: Tensor) -> bool:
+    """Whether Python may look at the numbers in ``tensor``: not when a graph is traced, or captured by CUDA."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -37,8 +37,12 @@ def _bin_coordinate(x: Tensor, bins: int, limits: Range) -> Tensor:
     """Intensity to a position among bins 0..bins-1, one bin from either end so that every window fits."""
     low, high = limits if limits is not None else torch.aminmax(x.detach())
     span = high - low
-    span = span.clamp(min=torch.finfo(x.dtype).tiny) if isinstance(span, Tensor) else span
-    return 1 + (bins - 3) * ((x - low) / span).clamp(0, 1)
+    if isinstance(span, Tensor):  # one intensity only: all in one place, and no gradient
+        span = torch.where(span == 0, torch.inf, span)
+    place = (x - low) / span
+    # The gradient of torch.clamp at its two ends differs between versions of torch; here it passes.
+    place = torch.where(place < 0, 0, torch.where(place > 1, 1, place))
+    return 1 + (bins - 3) * place
 
 
 def _joint_histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, window: str) -> Tensor:
@@ -50,7 +54,8 @@ def _joint_histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, win
             total = total + checkpoint(
                 _histogram, I[part], J[part], w, bins, window, use_reentrant=False, preserve_rng_state=False
             )
-    return total / total.sum()
+    count = total.sum()
+    return total / torch.where(count == 0, 1, count)  # nothing selected: no counts, no information
 
 
 def _histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, window: str) -> Tensor:
@@ -75,4 +80,6 @@ def _information(joint: Tensor, normalized: bool) -> Tensor:
         return -torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny)).sum()
 
     h_i, h_j, h_ij = entropy(joint.sum(dim=1)), entropy(joint.sum(dim=0)), entropy(joint)
-    return (h_i + h_j) / h_ij if normalized else h_i + h_j - h_ij
+    if not normalized:
+        return h_i + h_j - h_ij
+    return torch.where(h_ij == 0, 1, (h_i + h_j) / torch.where(h_ij == 0, 1, h_ij))
