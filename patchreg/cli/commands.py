@@ -196,22 +196,49 @@ def add_kernels(parsers: Subparsers) -> None:
     """``patchreg kernels``."""
     p = parsers.add_parser(
         "kernels",
-        help="which implementations are active here",
-        description="List the operations and the implementation that backend='auto' takes on this machine.",
+        help="which kernels are active here, and a self-test",
+        description="Say for each device of this machine whether the operations run on native kernels or on plain PyTorch, "
+        "and why. Kernels for NVIDIA GPUs are compiled on first use; no CUDA toolkit is needed.",
     )
-    p.add_argument("--check", action="store_true", help="run each against a float64 computation")
+    p.add_argument(
+        "--check",
+        action="store_true",
+        help="run every operation on every device and compare values and gradients with float64; exit status 2 if any is wrong",
+    )
     _common(p)
     p.set_defaults(command=_kernels)
 
 
 def _kernels(options: argparse.Namespace) -> None:
-    from patchreg.inference.kernels import check_kernels, list_kernels
+    from patchreg import ops
+    from patchreg.errors import BackendUnavailable
+    from patchreg.inference.kernels import check_kernels, list_targets
+    from patchreg.ops.cuda.compile import cache_folder
 
-    for name, backend in list_kernels():
-        print(f"{name:20s} {backend}")
-    if options.check:
-        for name, error in check_kernels():
-            print(f"{name:20s} relative error {error:.1e}")
+    targets = list_targets()
+    for target in targets:
+        print(f"{target.device!s:8s} {target.backend:20s} {target.name}")
+        if target.reason is not None:
+            print(f"{'':8s} {target.reason}")
+        elif target.device.type == "cuda":
+            print(f"{'':8s} compiled on first use, kept in {cache_folder()}")
+    print(f"operations: {', '.join(sorted(ops.__all__))}")
+    if not options.check:
+        return
+    wrong = []
+    for check in check_kernels(targets):
+        print(
+            f"{check.target.device!s:8s} {check.operation:18s} {check.variant:10s} "
+            f"relative error {check.value_error:.1e}, of the gradient {check.gradient_error:.1e}"
+            f"{'' if check.passed else '  WRONG'}"
+        )
+        if not check.passed:
+            wrong.append(f"{check.operation} ({check.variant}) on {check.target.device}")
+    if wrong:
+        raise BackendUnavailable(
+            f"{len(wrong)} kernels are wrong here: {', '.join(wrong)}; use backend='reference' and report it"
+        )
+    print("all right")
 
 
 def add_demo(parsers: Subparsers) -> None:
