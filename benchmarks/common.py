@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ RESULTS = Path(__file__).parent / "results"
 
 def machine() -> dict[str, Any]:
     """Where and with what a benchmark ran."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(
+            command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+        ).stdout.strip()
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -28,7 +32,7 @@ def machine() -> dict[str, Any]:
         ]
         processor = names[0] if names else processor
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit,
         "patchreg": patchreg.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -38,10 +42,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_results(name: str, rows: list[dict[str, Any]], **settings: Any) -> Path:
-    """Write a benchmark's rows as ``results/NAME.json``."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_results(name: str, rows: list[dict[str, Any]], folder: Path = RESULTS, **settings: Any) -> Path:
+    """Write a benchmark's rows as ``NAME.json`` in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(
         json.dumps({"benchmark": name, "settings": settings, "machine": machine(), "rows": rows}, indent=1) + "\n"
     )
