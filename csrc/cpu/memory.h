@@ -1,4 +1,4 @@
-// Scratch memory for kernels: aligned to a cache line, freed at the end of its scope, nothing of the C++ library's inline code.
+// Scratch memory for kernels: aligned to a cache line, freed at the end of its scope.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +8,9 @@
 namespace patchreg {
 
 [[noreturn]] void throw_out_of_memory(i64 bytes);
+
+#if defined(PATCHREG_ISA)
+namespace PATCHREG_ISA {  // or the linker might keep the AVX-512 copy of a member for all
 
 template <class T> struct Scratch {
     T* data;
@@ -27,5 +30,8 @@ template <class T> struct Scratch {
     T& operator[](i64 index) const { return data[index]; }
     operator T*() const { return data; }
 };
+
+}  // namespace PATCHREG_ISA
+#endif
 
 }  // namespace patchreg
