@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from patchreg.ops.warp import warp
+from patchreg.ops.warp import reference
 from patchreg.types import Padding
 
 
 def compose(u: Tensor, v: Tensor, affine: Tensor | None, scale: Tensor | float | None, padding: Padding) -> Tensor:
-    """See :func:`patchreg.ops.compose`."""
-    return v + warp(u, v, affine, scale, padding=padding, backend="reference")
+    """See :func:`patchreg.ops.compose`; every argument is checked and complete here."""
+    i, j, k = v.shape[2:]
+    return v + reference.warp(u, v, affine, scale, (i, j, k), "linear", padding)
 
 
 def integrate(velocity: Tensor, steps: int, padding: Padding) -> Tensor:

@@ -13,18 +13,28 @@ from patchreg.types import Interpolation, Padding, Shape3
 def warp(
     image: Tensor,
     displacement: Tensor | None,
-    affine: Tensor,
-    scale: Tensor | None,
+    affine: Tensor | None,
+    scale: Tensor | float | None,
     shape: Shape3,
     mode: Interpolation,
     padding: Padding,
 ) -> Tensor:
     """See :func:`patchreg.ops.warp`; every argument is checked and complete here."""
-    compute = torch.promote_types(image.dtype, torch.float32) if image.is_floating_point() else affine.dtype
+    likes = [t for t in (affine, displacement) if t is not None]
+    own = image.dtype if image.is_floating_point() else likes[0].dtype if likes else torch.float32
+    compute = torch.promote_types(own, torch.float32)
+    if affine is None:
+        affine = torch.eye(3, 4, dtype=compute, device=image.device)[None]
+    if isinstance(scale, float | int):
+        scale = scale * torch.eye(3, dtype=compute, device=image.device)[None]
     points = coordinates(displacement, affine.to(compute), None if scale is None else scale.to(compute), shape)
     if mode == "linear":
         with torch.autocast(image.device.type, enabled=False):
-            return _linear(image.to(compute), points, padding).to(image.dtype)
+            sampled = _linear(image.to(compute), points, padding)
+        return torch.where(points.isnan().any(dim=1, keepdim=True), torch.nan, sampled).to(image.dtype)
+    # Far beyond the image is as good as beyond it, and an integer; a NaN counts as below it.
+    size = torch.tensor(image.shape[2:], dtype=points.dtype, device=points.device)[:, None, None, None]
+    points = torch.minimum(points.nan_to_num(nan=-3.0).clamp(min=-3.0), size + 2)
     if mode == "nearest":
         return _gather(image, points.round(), padding)
     return _vote(image, points, padding)
