@@ -42,7 +42,7 @@ template <class Body> static inline void with_storage(int storage, const Body& b
 }
 
 // One number for each of TAPS neighbouring bins; in memory they need no alignment.
-template <class Real, int TAPS> struct Lanes {
+template <class Real, int TAPS> struct Neighbours {
     typedef Real Vector __attribute__((vector_size(sizeof(Real) * TAPS), aligned(sizeof(Real))));
 };
 
@@ -76,7 +76,7 @@ template <class T> static inline void read_weights(const T* weight, i64 n, float
 
 // Adds chunk after chunk of voxels to a joint histogram.
 template <int TAPS> struct Adder {
-    using Vector = typename Lanes<double, TAPS>::Vector;
+    using Vector = typename Neighbours<double, TAPS>::Vector;
 
     int bins;
     Scale fixed, moving;
@@ -237,7 +237,7 @@ void mutual_information(const MutualInformationJob& job, const Parallel& pool) {
 
 // Gathers the gradient of chunk after chunk of voxels from the slopes of the histogram.
 template <int TAPS> struct Gatherer {
-    using Vector = typename Lanes<float, TAPS>::Vector;
+    using Vector = typename Neighbours<float, TAPS>::Vector;
 
     struct Image {
         int first[CHUNK];
