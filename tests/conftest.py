@@ -8,7 +8,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported; see patchreg/cli/main.py
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -98,6 +97,7 @@ def oriented(request: pytest.FixtureRequest) -> Grid:
 @pytest.fixture
 def save_volume(tmp_path: Path) -> Callable[..., Path]:
     """A function that writes a volume as NIfTI and gives its path."""
+    import nibabel as nib  # here, so that the tests of patchreg.ops run with torch alone
 
     def save(volume: Volume, name: str = "image.nii.gz", dtype: type = np.float32) -> Path:
         path = tmp_path / name

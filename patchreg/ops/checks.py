@@ -73,4 +73,7 @@ def has_content(tensor: Tensor) -> bool:
     """Whether Python may look at the numbers in ``tensor``: not when a graph is traced, or captured by CUDA."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
-    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    if not tensor.is_cuda:
+        return True
+    with torch.cuda.device(tensor.device):
+        return not torch.cuda.is_current_stream_capturing()

@@ -19,6 +19,8 @@ bool asked_to_fail(const char* function) {
     return failing != nullptr && strcmp(failing, function) == 0;
 }
 
+thread_local void* current = nullptr;  // the context
+
 }  // namespace
 
 extern "C" {
@@ -45,13 +47,31 @@ int cuGetErrorString(int, const char** text) {
     return 0;
 }
 
-int cuCtxGetDevice(int* device) {
-    *device = 3;
+int cuDeviceGet(int* device, int ordinal) {
+    *device = 10 + ordinal;
+    return 0;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+    write_down("retain %d\n", device);
+    *context = reinterpret_cast<void*>(0x4000);
+    return 0;
+}
+
+int cuCtxGetCurrent(void** context) {
+    *context = current;
+    return 0;
+}
+
+int cuCtxSetCurrent(void* context) {
+    write_down("current %p\n", context);
+    current = context;
     return 0;
 }
 
 int cuLibraryLoadData(void** library, const void* code, void*, void*, unsigned, void*, void*, unsigned) {
     if (asked_to_fail("cuLibraryLoadData")) return 222;
+    if (asked_to_fail("memory")) return 2;
     write_down("load %.3s\n", static_cast<const char*>(code) + 1);
     *library = reinterpret_cast<void*>(0x1000);
     return 0;
@@ -63,13 +83,21 @@ int cuLibraryGetKernel(void** kernel, void* library, const char* name) {
     return 0;
 }
 
-int cuKernelSetAttribute(int attribute, int value, void* kernel, int device) {
-    write_down("attribute %d %d %p %d\n", attribute, value, kernel, device);
+int cuKernelGetFunction(void** function, void* kernel) {
+    if (asked_to_fail("cuKernelGetFunction")) return 209;
+    write_down("function of %p\n", kernel);
+    *function = reinterpret_cast<void*>(0x3000);
+    return 0;
+}
+
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+    write_down("attribute %d %d %p\n", attribute, value, function);
     return 0;
 }
 
 int cuLaunchKernel(void* kernel, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                    unsigned shared, void* stream, void** parameters, void** extra) {
+    if (current == nullptr) return 201;
     if (asked_to_fail("cuLaunchKernel")) return 719;
     write_down("launch %p grid %u %u %u block %u %u %u shared %u stream %p extra %p parameters", kernel, gx, gy, gz, bx, by,
                bz, shared, stream, static_cast<void*>(extra));

@@ -9,19 +9,21 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from emulation import emulator
 
+from patchreg import ops
 from patchreg.errors import BackendUnavailable
 from patchreg.ops.cuda import launch
 
 REPOSITORY = Path(__file__).parents[2]
 
 PRETEND = """
-import contextlib, ctypes, os, sys, types, torch
+import contextlib, ctypes, os, sys, threading, types, torch
 from patchreg.ops.cuda.compile import compile_kernel
 for source, entry in (({planted!r}, "planted::copy"), ("probe.cu", "patchreg::probe")):
     compile_kernel(source, entry, 90)  # into the cache: NVRTC, which looks for a driver too, would stumble over the stub
@@ -33,7 +35,10 @@ torch.cuda.get_device_capability = lambda index: capability
 torch.cuda.get_device_name = lambda index: "an old one"
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0xabc)
+torch.cuda.is_current_stream_capturing = lambda: capturing
+capturing = False
 capability = (9, 0)
+from patchreg import ops
 from patchreg.errors import BackendUnavailable
 from patchreg.ops.cuda import launch
 device = torch.device("cpu")
@@ -84,13 +89,15 @@ def pretend(stub_driver, tmp_path):
 
 def test_a_launch(pretend):
     out, log = pretend("start()\nstart()\nprint(hex(tensor.data_ptr())[2:])\n")
-    loaded, found, *launches = log.splitlines()
+    retained, bound, loaded, found, function, *launches = log.splitlines()
+    assert [retained, bound] == ["retain 10", "current 0x4000"]
     assert loaded == "load ELF"
     assert re.fullmatch(r"kernel 0x1000 _ZN7planted4copyE\w+", found)
+    assert function == "function of 0x2000"
     assert len(launches) == 2  # loaded once, launched twice
     for each in launches:
         at, parameters = each.split(" parameters ")
-        assert at == "launch 0x2000 grid 7 6 5 block 64 2 1 shared 0 stream 0xabc extra (nil)"
+        assert at == "launch 0x3000 grid 7 6 5 block 64 2 1 shared 0 stream 0xabc extra (nil)"
         pointer, none, integer, real = parameters.split()
         assert pointer == out.strip()
         assert none == "0"
@@ -99,9 +106,60 @@ def test_a_launch(pretend):
 
 
 def test_more_shared_memory_is_asked_for_once(pretend):
-    _, log = pretend("for shared in (48 * 1024, 60_000, 60_000, 50_000, 70_000): start(shared)\n")
+    _, log = pretend("for shared in (40 * 1024, 60_000, 60_000, 50_000, 70_000): start(shared)\n")
     asked = [each for each in log.splitlines() if each.startswith("attribute")]
-    assert asked == ["attribute 8 60000 0x2000 3", "attribute 8 70000 0x2000 3"]
+    assert asked == ["attribute 8 60000 0x3000", "attribute 8 70000 0x3000"]
+
+
+def test_every_thread_gets_a_context(pretend):
+    """Autograd's and the caller's threads begin without one, and the stub refuses a launch like the driver."""
+    lines = """
+start()
+for _ in range(2):
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+"""
+    _, log = pretend(lines)
+    assert [each.split()[0] for each in log.splitlines()] == [
+        *("retain", "current", "load", "kernel", "function", "launch"),
+        *("current", "launch"),
+        *("current", "launch"),
+    ]
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(pretend):
+    lines = """
+capturing = True
+print(1, launch.why_not(device))
+try: start()
+except RuntimeError as error: print(2, error)
+capturing = False
+print(3, launch.why_not(device))
+start()
+capturing = True
+start()
+"""
+    out, log = pretend(lines)
+    assert "1 None\n2 planted::copy cannot be loaded while a CUDA graph is captured" in out
+    assert "3 None" in out  # it is not held against the device
+    assert log.count("launch") == 2
+
+
+def test_a_lack_of_memory_is_not_remembered(pretend):
+    lines = """
+for _ in range(2):
+    try: start()
+    except BackendUnavailable as error: print(type(error))
+    except RuntimeError as error: print(error)
+os.environ["PATCHREG_STUB_FAILS"] = ""
+ctypes.CDLL(None).unsetenv(b"PATCHREG_STUB_FAILS")
+print(launch.why_not(device))
+start()
+"""
+    out, log = pretend(lines, fails="memory")
+    assert out == 2 * "CUDA driver: CUDA_ERROR_OUT_OF_MEMORY (as asked)\n" + "None\n"
+    assert log.count("launch") == 1
 
 
 def test_a_refused_launch_raises(pretend):
@@ -109,20 +167,28 @@ def test_a_refused_launch_raises(pretend):
     assert "CUDA driver: CUDA_ERROR_LAUNCH_FAILED (as asked)" in out
 
 
-def test_what_cannot_be_loaded_is_remembered(pretend):
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [
+        ("cuLibraryLoadData", "CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+        ("cuKernelGetFunction", "CUDA_ERROR_NO_BINARY_FOR_GPU"),  # of a library that is loaded lazily
+    ],
+)
+def test_what_cannot_be_loaded_is_remembered(fails, says, pretend):
     lines = """
 print(1, launch.why_not(device))
 print(2, launch.why_not(device))
 try: start()
 except BackendUnavailable as error: print(3, error)
 """
-    out, log = pretend(lines, fails="cuLibraryLoadData")
-    reason = "the CUDA driver cannot load patchreg::probe of probe.cu: CUDA driver: CUDA_ERROR_UNSUPPORTED_PTX_VERSION"
+    out, log = pretend(lines, fails=fails)
+    reason = f"the CUDA driver cannot load patchreg::probe of probe.cu: CUDA driver: {says}"
     assert f"1 {reason}" in out
     assert f"2 {reason}" in out
     assert "3 the CUDA driver cannot load planted::copy" in out
     assert out.count("no CUDA kernels on device 0: ") == 1  # one warning
-    assert log == ""
+    assert "function" not in log
+    assert "launch" not in log
 
 
 def test_text_that_does_not_compile_turns_kernels_off(pretend):
@@ -160,3 +226,39 @@ def test_missing_bindings_are_named(monkeypatch):
 def test_tensors_of_another_device_are_refused():
     with pytest.raises(ValueError, match="contiguous tensors on cuda:0, got one on cpu"):
         launch.launch("probe.cu", "patchreg::probe", (1, 1, 1), (1, 1, 1), [torch.zeros(1)], torch.device("cuda:0"))
+
+
+@pytest.mark.gpu
+def test_a_new_thread_on_a_gpu():
+    """Its first use of the GPU is a launch: the memory comes from what torch has left over, without the runtime."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    image = torch.rand(1, 1, 9, 10, 11, device="cuda")
+    found = [ops.lncc(image, image, backend="native")]
+    thread = threading.Thread(target=lambda: found.append(ops.lncc(image, image, backend="native")))
+    thread.start()
+    thread.join()
+    assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+def test_a_first_launch_in_a_graph_on_a_gpu(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    source = tmp_path / "new.cu"
+    source.write_text("__global__ void fill(float* out) { *out = 3.0f; }\n")
+    out = torch.zeros(1, device="cuda")
+
+    def start():
+        launch.launch(source, "fill", (1, 1, 1), (1, 1, 1), [out], out.device)
+
+    with pytest.raises(RuntimeError, match="once before capturing"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        start()
+    start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        start()
+    out.zero_()
+    graph.replay()
+    assert out.item() == 3
+    assert launch.why_not(out.device) is None

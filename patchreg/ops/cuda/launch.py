@@ -1,7 +1,7 @@
 """Kernels started on torch's current stream.
 
-A kernel is compiled (or read from the cache on disk) and loaded at its first launch. That cannot happen while a stream
-is captured into a CUDA graph: run the operation once before capturing, as torch's own examples do.
+A kernel is compiled (or read from the cache on disk) and loaded at its first launch on a device. That cannot happen
+while a stream is captured into a CUDA graph: run the operation once before capturing, as torch's own examples do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Size = tuple[int, int, int]
 Argument = Tensor | int | float | None
 
 _OLDEST_CAPABILITY = (7, 5)  # that NVRTC 13 compiles for
-_STATIC_SHARED = 48 * 1024  # a kernel must ask before it may have more
+_UNASKED_SHARED = 40 * 1024  # that every kernel may have: 48 KB, its static arrays among them
 
 
 class Launcher(Protocol):
@@ -52,14 +52,30 @@ class _State:
     """What this process has loaded, and what failed. Guarded by ``lock``."""
 
     lock: threading.RLock = field(default_factory=threading.RLock)
-    kernels: dict[tuple[str, str, int], Any] = field(default_factory=dict)
+    functions: dict[tuple[str, str, int], Any] = field(default_factory=dict)  # by source, entry and device
     libraries: list[Any] = field(default_factory=list)
     shared: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    contexts: dict[int, Any] = field(default_factory=dict)
     reasons: dict[int, str | None] = field(default_factory=dict)
     emulator: Launcher | None = None
 
 
 _state = _State()
+
+
+class DriverError(RuntimeError):
+    """The driver refused a call, or reports an error of earlier work."""
+
+    def __init__(self, driver: Any, status: Any) -> None:
+        _, text = driver.cuGetErrorString(status)
+        name = getattr(status, "name", status)
+        super().__init__(f"CUDA driver: {name} ({text.decode() if text else 'unknown'})")
+        self.code = int(status)
+
+    @property
+    def passes(self) -> bool:
+        """Whether it says nothing of the kernel: no memory is left, earlier work failed, or a graph is captured."""
+        return self.code == 2 or 700 <= self.code < 800 or self.code >= 900
 
 
 @contextmanager
@@ -97,7 +113,10 @@ def why_not(device: torch.device) -> str | None:
     index = _index(device)
     with _state.lock:
         if index not in _state.reasons:
-            _state.reasons[index] = _find_problem(index)
+            with torch.cuda.device(index):
+                if torch.cuda.is_current_stream_capturing():
+                    return None  # nothing can be loaded now to find out, as the launch will say
+                _state.reasons[index] = _find_problem(index)
             if _state.reasons[index] is not None:
                 _log.warning("no CUDA kernels on device %d: %s", index, _state.reasons[index])
         return _state.reasons[index]
@@ -129,7 +148,8 @@ def launch(
         BackendUnavailable: the kernel cannot be compiled or loaded here. It is remembered: from then on
             :func:`why_not` gives the reason, and operations with ``backend="auto"`` do without kernels.
         ValueError: a tensor that is not contiguous or on another device.
-        RuntimeError: the driver refuses the launch, or reports an error of earlier work.
+        RuntimeError: the driver refuses the launch, or reports an error of earlier work; or the kernel's first launch
+            on this device is captured into a CUDA graph.
     """
     for argument in arguments:
         if isinstance(argument, Tensor) and (argument.device != device or not argument.is_contiguous()):
@@ -142,9 +162,9 @@ def launch(
     addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
-        kernel = _kernel(source, entry, _index(device), shared)
+        function = _function(driver, source, entry, _index(device), shared)
         where = (*grid, *block, shared, stream)
-        _check(driver, driver.cuLaunchKernel(kernel, *where, ctypes.addressof(addresses), 0))
+        _check(driver, driver.cuLaunchKernel(function, *where, ctypes.addressof(addresses), 0))
 
 
 def _as_parameter(argument: Argument) -> ctypes.c_void_p | ctypes.c_longlong | ctypes.c_float:
@@ -172,44 +192,64 @@ def _find_problem(index: int) -> str | None:
         needed, found = (".".join(map(str, each)) for each in (_OLDEST_CAPABILITY, capability))
         return f"kernels need compute capability {needed} or newer, {torch.cuda.get_device_name(index)} has {found}"
     try:
-        with torch.cuda.device(index):
-            torch.cuda.current_stream(index)  # torch makes its context current when it is first used
-            _kernel("probe.cu", "patchreg::probe", index, 0)
-    except (BackendUnavailable, RuntimeError) as error:
+        _function(_driver(), "probe.cu", "patchreg::probe", index, 0)
+    except RuntimeError as error:
+        if isinstance(error, DriverError) and error.passes:
+            raise
         return str(error)
     return None
 
 
-def _kernel(source: str | Path, entry: str, index: int, shared: int) -> Any:
-    """What the driver launches: compiled and loaded once in a process, for all devices of an architecture."""
-    architecture = _architecture(index)
-    key = (str(source), entry, architecture)
+def _function(driver: Any, source: str | Path, entry: str, index: int, shared: int) -> Any:
+    """What the driver launches on the thread's current device: compiled, and loaded there, once in a process."""
+    key = (str(source), entry, index)
     with _state.lock:
-        kernel = _state.kernels.get(key)
-        if kernel is None:
+        _bind_context(driver, index)
+        function = _state.functions.get(key)
+        if function is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{entry} cannot be loaded while a CUDA graph is captured: run the operation, and its backward pass, "
+                    "once before capturing"
+                )
             try:
-                kernel = _state.kernels[key] = _load(source, entry, architecture)
+                function = _state.functions[key] = _load(driver, source, entry, index)
             except BackendUnavailable as error:
                 _state.reasons[index] = str(error)
                 _log.warning("no CUDA kernels on device %d from now on: %s", index, error)
                 raise
-        driver = _driver()
-        if shared > max(_STATIC_SHARED, _state.shared.get((str(source), entry, index), 0)):
+        if shared > _state.shared.get(key, _UNASKED_SHARED):
             limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            current = _check(driver, driver.cuCtxGetDevice())
-            _check(driver, driver.cuKernelSetAttribute(limit, shared, kernel, current))
-            _state.shared[str(source), entry, index] = shared
-        return driver.CUfunction(int(kernel))  # the launch takes either, but only by this name
+            _check(driver, driver.cuFuncSetAttribute(function, limit, shared))
+            _state.shared[key] = shared
+        return function
 
 
-def _load(source: str | Path, entry: str, architecture: int) -> Any:
-    binary = compile_kernel(source, entry, architecture)
-    driver = _driver()
+def _bind_context(driver: Any, index: int) -> None:
+    """Give a thread that has no context that of torch on its current device.
+
+    Threads begin without one, those of autograd's backward pass among them, and torch's guard leaves it at that where
+    the device is the thread's already: torch needs none before its first call of the runtime, but the driver does.
+    """
+    if int(_check(driver, driver.cuCtxGetCurrent())) != 0:
+        return
+    if index not in _state.contexts:
+        place = _check(driver, driver.cuDeviceGet(index))
+        _state.contexts[index] = _check(driver, driver.cuDevicePrimaryCtxRetain(place))
+    _check(driver, driver.cuCtxSetCurrent(_state.contexts[index]))
+
+
+def _load(driver: Any, source: str | Path, entry: str, index: int) -> Any:
+    binary = compile_kernel(source, entry, _architecture(index))
     try:
         library = _check(driver, driver.cuLibraryLoadData(binary.code, [], [], 0, [], [], 0))
         _state.libraries.append(library)  # the handle must outlive its kernels
-        return _check(driver, driver.cuLibraryGetKernel(library, binary.symbol.encode()))
+        kernel = _check(driver, driver.cuLibraryGetKernel(library, binary.symbol.encode()))
+        # The driver loads lazily: only here does it see whether the device can run the code.
+        return _check(driver, driver.cuKernelGetFunction(kernel))
     except RuntimeError as error:
+        if isinstance(error, DriverError) and error.passes:
+            raise
         raise BackendUnavailable(f"the CUDA driver cannot load {entry} of {source}: {error}") from error
 
 
@@ -226,6 +266,5 @@ def _driver() -> Any:
 def _check(driver: Any, returned: tuple[Any, ...]) -> Any:
     status, *values = returned
     if int(status) != 0:
-        _, text = driver.cuGetErrorString(status)
-        raise RuntimeError(f"CUDA driver: {getattr(status, 'name', status)} ({text.decode() if text else 'unknown'})")
+        raise DriverError(driver, status)
     return values[0] if len(values) == 1 else tuple(values)

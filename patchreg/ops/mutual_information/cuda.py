@@ -18,10 +18,8 @@ TYPES = {torch.float32: "float", torch.float16: "patchreg::Half", torch.bfloat16
 _WINDOWS = (4, 8)  # bins that an intensity falls into: B-spline, Gaussian
 _MEASURE_THREADS, _ADD_THREADS, _EVALUATE_THREADS, _GATHER_THREADS = 256, 512, 512, 256
 _HEAD = 8  # numbers before the counts of each pair
-_MOST_SHARED = (
-    68 * 1024
-)  # bytes that a block may take: 128 bins; two such blocks fit a multiprocessor of any size but the smallest
-_COPIES_SHARED = 36 * 1024  # bytes that copies of a small histogram may take
+_MOST_SHARED = 68 * 1024  # bytes for the histogram of a block: up to 128 bins
+_COPIES_SHARED = 36 * 1024  # bytes that copies of a small one may take
 
 ENTRIES: list[tuple[str, str]] = [
     *((SOURCE, f"patchreg::measure<{kind}>") for kind in TYPES.values()),
@@ -68,7 +66,7 @@ def joint_information(
             [*images, counts, blocks, voxels, channels, of_batch, bins, wanted[0], wanted[2]],
             device,
         )
-    copies, shared = _copies(bins)
+    copies, shared = _copies(bins, device)
     blocks = _blocks(voxels, pairs, 4 * _ADD_THREADS, 2, device)
     launch.launch(
         SOURCE,
@@ -106,7 +104,7 @@ def gather_gradients(
     pairs, voxels, bins = fixed.shape[:2].numel(), fixed[0, 0].numel(), slopes.shape[-1]
     of_batch = weight is not None and weight.shape[0] > 1
     shared = 4 * bins * (bins + 1)
-    shared = shared if shared <= _MOST_SHARED else 0
+    shared = shared if shared <= _most_shared(fixed.device) else 0
     blocks = _blocks(voxels, pairs, 4 * _GATHER_THREADS, 4, fixed.device)
     tensors = [fixed, moving, weight, ranges, slopes, upstream, grad_fixed, grad_moving]
     launch.launch(
@@ -120,10 +118,10 @@ def gather_gradients(
     )
 
 
-def _copies(bins: int) -> tuple[int, int]:
+def _copies(bins: int, device: torch.device) -> tuple[int, int]:
     """Copies of the histogram in a block's shared memory, and the bytes that they take; (1, 0) where not one fits."""
     size = 4 * bins * (bins + 1)
-    if size > _MOST_SHARED:
+    if size > _most_shared(device):
         return 1, 0
     copies = 1
     while copies < 8 and 2 * copies * size <= _COPIES_SHARED:
@@ -140,6 +138,14 @@ def _blocks(voxels: int, pairs: int, voxels_per_block: int, per_multiprocessor: 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@functools.cache
+def _most_shared(device: torch.device) -> int:
+    """Bytes of dynamic shared memory for a histogram; a little is left for the kernel's own."""
+    if device.type != "cuda":
+        return _MOST_SHARED
+    return min(_MOST_SHARED, torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024)
 
 
 def _bits(value: float) -> int:
