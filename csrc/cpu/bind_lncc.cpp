@@ -1,5 +1,6 @@
 #include "bind.h"
 #include "lncc.h"
+#include "pages.h"
 
 #include <vector>
 
@@ -15,7 +16,9 @@ static void choose_tiles(LnccJob& job, int threads) {
     job.tile_width = (job.width + job.tiles - 1) / job.tiles;
     job.tile_height = 48;
     const double volume = double(job.planes) * double(job.depth * job.height * job.width);
-    const auto scratch = [&] { return double(threads) * 5.0 * double((job.window + 7) * job.tile_height * (job.tile_width + 24)); };
+    const auto scratch = [&] {
+        return double(threads) * 5.0 * double((job.window + 7) * job.tile_height * (job.tile_width + 24));
+    };
     while (job.tile_height > 16 && scratch() > 0.4 * volume) job.tile_height -= 8;
 }
 
@@ -47,6 +50,8 @@ static double lncc_on_cpu(std::uintptr_t fixed, std::uintptr_t moving, std::uint
     job.row_values = rows.data();
     const std::vector<unsigned char> ones(size_t(width), 1);
     job.ones = ones.data();
+    const std::size_t bytes = sizeof(float) * std::size_t(job.planes * depth * height * width);
+    for (float* made : {job.grad_fixed, job.grad_moving, job.value_map}) ask_for_large_pages(made, bytes);
     lncc_for(active_isa())(job, parallel(threads));
     double total = 0;
     for (double row : rows) total += row;
