@@ -4,7 +4,7 @@
 namespace patchreg {
 
 template <class Image, class Field, class Out, bool BORDER, bool MAPS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
     warp_forward(const Image* image, const Field* displacement, Out* out, PATCHREG_LATTICE, float gain, i64 adds) {
     const Lattice g PATCHREG_LATTICE_VALUES;
     __shared__ Maps maps;
@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(THREADS)
     const Around around = find_around<BORDER>(g, find_position<MAPS>(maps, g, p, u));
     image += p.batch * g.image_stride;
     out += p.batch * g.channels * voxels_of(g) + p.voxel;
+#pragma unroll 1
     for (i64 c = 0; c < g.channels; ++c) {
         float value = gain * interpolate(read_corners(image + c * image_voxels_of(g), around), around.fractions);
         if (adds) value += gain * component(u, c);
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(THREADS)
 
 // Nearest sampling, or the vote of the eight neighbours, of words that are copied as they are.
 template <class Word, class Field, bool BORDER, bool MAPS, bool NEAREST>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, NEAREST ? 6 : 3)
     warp_words(const Word* image, const Field* displacement, Word* out, PATCHREG_LATTICE, i64 infinity) {
     const Lattice g PATCHREG_LATTICE_VALUES;
     __shared__ Maps maps;
@@ -42,6 +43,7 @@ __global__ void __launch_bounds__(THREADS)
             out[c * voxels_of(g)] = at < 0 ? Word(0) : image[c * image_voxels_of(g) + at];
     } else {
         const Around around = find_around<BORDER>(g, position);
+#pragma unroll 1
         for (i64 c = 0; c < g.channels; ++c) {
             const Word* channel = image + c * image_voxels_of(g);
             const auto read = [=](i64 at, bool inside) { return inside ? channel[at] : Word(0); };
@@ -137,6 +139,7 @@ PATCHREG_FN Returned differentiate(const Image* image, const Up* upstream, float
                                    i64 batch, const Around& around, float gain, bool adds) {
     Returned back{{0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f}};
     const Corners<float> weight = weigh(around.fractions);
+#pragma unroll 1
     for (i64 c = 0; c < g.channels; ++c) {
         const i64 channel = batch * g.image_stride + c * image_voxels_of(g);
         const float up = p.there ? gain * widen(upstream[(batch * g.channels + c) * voxels_of(g) + p.voxel]) : 0.0f;
@@ -153,10 +156,13 @@ PATCHREG_FN Returned differentiate(const Image* image, const Up* upstream, float
     return back;
 }
 
+// Blocks on a multiprocessor at a time, as many as have registers enough for everything.
+constexpr int resident_blocks(int wanted) { return (wanted & TO_MAPS) != 0 ? 2 : 3; }
+
 // `entries`: batch entries that a block takes one after another, where the batch shares a displacement whose gradient is
 // wanted; else 1, as it must be with TO_MAPS.
 template <class Image, class Field, class Up, class Grad, bool BORDER, bool MAPS, int WANTED>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, resident_blocks(WANTED))
     warp_backward(const Image* image, const Field* displacement, const Up* upstream, float* grad_image,
                   Grad* grad_displacement, double* sums, PATCHREG_LATTICE, float gain, i64 adds, i64 entries) {
     const Lattice g PATCHREG_LATTICE_VALUES;

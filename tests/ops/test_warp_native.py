@@ -9,6 +9,7 @@ from patchreg import ops
 from patchreg.errors import BackendUnavailable, InputError, NoGradient
 from patchreg.ops import cpu
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*in no fixed order on CUDA")
 INTEGERS = [torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.int64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -239,6 +240,16 @@ def test_labels_of_every_dtype(dtype, mode, kernel_device, generator):
         assert torch.equal(found.cpu().double(), expected)
 
 
+@pytest.mark.parametrize("axis", [2, 3, 4])
+def test_labels_in_large_regions(axis, kernel_device, generator):
+    """Whole rows of voxels see one label, or one on this side and another on that."""
+    labels = (torch.arange(20) // 4).view([-1 if d == axis else 1 for d in range(5)]).expand(1, 1, 20, 20, 20)
+    u = torch.rand((1, 3, 20, 20, 20), generator=generator) - 0.5
+    expected = ops.warp(labels, u.double(), padding="border", mode="label", backend="reference")
+    found = ops.warp(labels.to(kernel_device), u.to(kernel_device), padding="border", mode="label", backend="native")
+    assert torch.equal(found.cpu(), expected)
+
+
 @pytest.mark.parametrize("mode", ["nearest", "label"])
 def test_ties_are_broken_as_by_the_reference(mode, kernel_device, generator):
     """Halves and quarters of voxels: nearest rounds to even, and of equal votes the first neighbour's counts."""
@@ -391,6 +402,24 @@ def test_every_instruction_set(name, extension, generator, tolerances):
                 assert torch.equal(found, expected)
     finally:
         extension.use_instruction_set(best)
+
+
+@pytest.mark.parametrize("device", ["emulated", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_sums_in_no_fixed_order_are_told_where_they_matter(device, request, generator):
+    if device == "emulated":
+        request.getfixturevalue("emulated_cuda")
+    elif not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    image, u = random_inputs(generator).values()
+    image = image.to("cuda" if device == "gpu" else "cpu").requires_grad_()
+    value = ops.warp(image, u.to(image.device), backend="native")
+    with pytest.warns(UserWarning, match="in no fixed order"):
+        value.sum().backward(retain_graph=True)
+    torch.use_deterministic_algorithms(True)
+    with pytest.raises(RuntimeError, match="in no fixed order"):
+        value.sum().backward(retain_graph=True)
+    torch.use_deterministic_algorithms(False)
+    value.sum().backward()
 
 
 def test_images_of_more_than_2_to_the_31_voxels(extension):

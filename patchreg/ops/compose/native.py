@@ -6,6 +6,7 @@ take the velocity itself for ``u_0``, with the factor ``2^-n``, so that it is ne
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,18 +29,62 @@ def integrate(velocity: Tensor, steps: int, padding: Padding, memory: Memory) ->
     return torch.ops.patchreg.integrate(velocity, steps, padding == "border", stored)[0]
 
 
+@dataclass(frozen=True)
+class _Squaring:
+    """Squarings of one velocity, and room for fields, used again and again: new memory is slow on the CPU."""
+
+    velocity: Tensor
+    steps: int
+    border: bool
+    free: list[Tensor] = field(default_factory=list)
+
+    def take(self) -> Tensor:
+        """Room for a float32 field."""
+        return self.free.pop() if self.free else torch.empty_like(self.velocity, dtype=torch.float32)
+
+    def give_back(self, used: Tensor) -> None:
+        """``used`` is wanted no more; the velocity stays."""
+        if used is not self.velocity:
+            self.free.append(used)
+
+    def square(self, u: Tensor, k: int, out: Tensor) -> None:
+        """``u_{k+1}`` from ``u_k``."""
+        kernels(u).sample(self.job(u, k), out)
+
+    def advance(self, u: Tensor, k: int, to: int, out: Tensor) -> None:
+        """``u_to`` from ``u_k``, which is kept, ``k < to``, by turns into ``out`` and one more field."""
+        if to - k == 1:
+            self.square(u, k, out)
+            return
+        even, odd = out if out.dtype == torch.float32 else self.take(), self.take()
+        for step in range(k, to):
+            left = to - 1 - step
+            into = out if left == 0 else odd if left % 2 else even
+            self.square(u, step, into)
+            u = into
+        self.give_back(odd)
+        if even is not out:
+            self.give_back(even)
+
+    def job(self, u: Tensor, k: int) -> Job:
+        """``u_k + u_k(x + u_k)``."""
+        factor = 2.0**-self.steps if k == 0 else 1.0
+        shape = (u.shape[2], u.shape[3], u.shape[4])
+        return Job(u, tuple(u.shape), u, None, None, shape, self.border, step=factor, gain=factor, add=True)
+
+
 @torch.library.custom_op("patchreg::integrate", mutates_args=())
 def _integrate(velocity: Tensor, steps: int, border: bool, stored: bool) -> tuple[Tensor, Tensor]:
-    velocity = velocity.contiguous()
     out, fields = _empty_results(velocity, steps, stored)
+    squaring = _Squaring(velocity.contiguous(), steps, border)
     if steps == 0:
         out.copy_(velocity)
     elif stored:
+        sources = [squaring.velocity, *fields]
         for k in range(steps):
-            source = velocity if k == 0 else fields[k - 1]
-            _square(source, out if k == steps - 1 else fields[k], k, steps, border)
+            squaring.square(sources[k], k, out if k == steps - 1 else fields[k])
     else:
-        _advance(velocity, 0, steps, steps, border, out)
+        squaring.advance(squaring.velocity, 0, steps, out)
     return out, fields
 
 
@@ -56,20 +101,22 @@ def _empty_results(velocity: Tensor, steps: int, stored: bool) -> tuple[Tensor, 
 
 @torch.library.custom_op("patchreg::integrate_backward", mutates_args=())
 def _integrate_backward(upstream: Tensor, velocity: Tensor, fields: Tensor, steps: int, border: bool) -> Tensor:
-    gradient, velocity = upstream.contiguous(), velocity.contiguous()
-    stored = fields.ndim > 1
-    known = [(0, velocity)]  # fields that the earlier ones need not be recomputed for, the latest last
+    if steps == 0:
+        return upstream.clone(memory_format=torch.contiguous_format)
+    squaring = _Squaring(velocity.contiguous(), steps, border)
+    stored = [squaring.velocity, *fields] if fields.ndim > 1 else []
+    known = [(0, squaring.velocity)]  # what the fields are recomputed from, the latest last
+    gradient = upstream.contiguous()
     for k in reversed(range(steps)):
-        if stored:
-            field = velocity if k == 0 else fields[k - 1]
-        else:
-            field = _recompute(known, k, steps, border)
-        into = torch.empty_like(gradient, dtype=torch.float32)
-        job = _job(field, k, steps, border)
-        kernels(field).differentiate(job, gradient, Gradients(image=into, displacement=into))
+        u = stored[k] if stored else _recompute(squaring, known, k)
+        into = squaring.take()
+        kernels(u).differentiate(squaring.job(u, k), gradient, Gradients(image=into, displacement=into))
+        if k < steps - 1:
+            squaring.give_back(gradient)
+        if not stored:
+            squaring.give_back(u)
         gradient = into
-        del field, job  # their memory serves the next step
-    return upstream.clone() if steps == 0 else gradient.to(velocity.dtype)
+    return gradient.to(velocity.dtype)
 
 
 @_integrate_backward.register_fake
@@ -77,35 +124,18 @@ def _(upstream: Tensor, velocity: Tensor, fields: Tensor, steps: int, border: bo
     return velocity.new_empty(velocity.shape)
 
 
-def _recompute(known: list[tuple[int, Tensor]], k: int, steps: int, border: bool) -> Tensor:
+def _recompute(squaring: _Squaring, known: list[tuple[int, Tensor]], k: int) -> Tensor:
     """``u_k``, for falling ``k``: from the latest field that is known, with checkpoints half way, and half way again.
 
     Seven steps are 9 squarings more, with three fields kept at most; starting from the velocity each time would be 21.
     """
     while known[-1][0] < k:
-        at, field = known[-1]
+        at, u = known[-1]
         middle = (at + k + 1) // 2
-        known.append((middle, _advance(field, at, middle, steps, border)))
-    return known[0][1] if k == 0 else known.pop()[1]
-
-
-def _advance(field: Tensor, at: int, to: int, steps: int, border: bool, out: Tensor | None = None) -> Tensor:
-    """``u_to`` from ``u_at``, by way of two fields at most."""
-    for k in range(at, to):
-        into = out if k == to - 1 and out is not None else torch.empty_like(field, dtype=torch.float32)
-        _square(field, into, k, steps, border)
-        field = into
-    return field
-
-
-def _square(field: Tensor, out: Tensor, k: int, steps: int, border: bool) -> None:
-    kernels(field).sample(_job(field, k, steps, border), out)
-
-
-def _job(field: Tensor, k: int, steps: int, border: bool) -> Job:
-    factor = 2.0**-steps if k == 0 else 1.0
-    i, j, l = field.shape[2:]
-    return Job(field, tuple(field.shape), field, None, None, (i, j, l), border, step=factor, gain=factor, add=True)
+        into = squaring.take()
+        squaring.advance(u, at, middle, into)
+        known.append((middle, into))
+    return known.pop()[1]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import torch
 from torch import Tensor
@@ -44,7 +45,13 @@ def sample_words(job: Job, out: Tensor, infinity: int) -> None:
 
 
 def differentiate(job: Job, upstream: Tensor, gradients: Gradients) -> None:
-    """As :func:`patchreg.ops.warp.cpu.differentiate`."""
+    """As :func:`patchreg.ops.warp.cpu.differentiate`.
+
+    Raises:
+        RuntimeError: torch's deterministic algorithms are asked for, and a gradient to the image.
+    """
+    if gradients.image is not None:
+        _tell_of_atomics()
     if job.nearest:
         entry = _entry("nearest_backward", _name(job.displacement), _name(upstream), job.border, _maps(job))
         _launch(entry, job, upstream.device, [job.displacement, upstream, gradients.image, *_lattice(job)])
@@ -59,6 +66,19 @@ def differentiate(job: Job, upstream: Tensor, gradients: Gradients) -> None:
     entries = job.batch if shares and wanted & _TO_DISPLACEMENT else 1
     if wanted or to_maps:
         _differentiate(job, upstream, gradients, wanted + to_maps * _TO_MAPS, entries)
+
+
+def _tell_of_atomics() -> None:
+    """What torch does before its own operations whose sums differ from run to run."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        "the gradient of warp, compose and integrate to what they sample is added up in no fixed order on CUDA: use "
+        "the CPU, or torch.use_deterministic_algorithms(True, warn_only=True)"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=2)
 
 
 def _differentiate(job: Job, upstream: Tensor, gradients: Gradients, wanted: int, entries: int) -> None:

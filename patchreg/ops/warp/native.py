@@ -121,8 +121,6 @@ def _warp_backward(
     job = _job(image, image_shape, displacement, affine, scale, step, upstream.shape[2:], mode, border, add)
     to_image, to_displacement, to_affine, to_scale = wanted
     module = kernels(upstream)
-    if to_image and upstream.is_cuda:
-        torch._C._alert_not_deterministic("the gradient of patchreg.ops.warp to the image")  # type: ignore[attr-defined]
     gradients = Gradients(
         image=upstream.new_zeros(job.image_shape, dtype=torch.float32) if to_image else None,
         displacement=torch.empty_like(job.displacement) if to_displacement and job.displacement is not None else None,
