@@ -7,6 +7,7 @@ import torch
 
 from patchreg import ops
 from patchreg.errors import BackendUnavailable, InputError
+from patchreg.memory import LivePeak
 from patchreg.ops import cpu
 from patchreg.ops.lncc import native
 from patchreg.ops.windows import gaussian_smooth
@@ -251,3 +252,18 @@ def test_without_the_extension_the_reference_runs(generator, monkeypatch):
     assert torch.equal(ops.lncc(I, I, 3), expected)
     with pytest.raises(BackendUnavailable, match="no compiled CPU kernels"):
         ops.lncc(I, I, 3, backend="native")
+
+
+@pytest.mark.parametrize(
+    ("memory", "images", "volumes"),
+    [("stored", 2, 4), ("stored", 1, 2), ("recompute", 2, 2), ("recompute", 1, 1)],
+)
+def test_memory_in_volumes(memory, images, volumes, generator):
+    """The gradients, and what is kept for them: as many again, or nothing."""
+    if cpu.find_extension() is None:
+        pytest.skip("patchreg was installed without its compiled CPU kernels")
+    I, J = (noise(generator, (1, 1, 24, 25, 26)) for _ in range(2))
+    i, j = I.requires_grad_(images == 2), J.requires_grad_()
+    with LivePeak() as live:
+        ops.lncc(i, j, 5, memory=memory).backward()
+    assert live.peak == pytest.approx(volumes * I.nbytes, rel=0.01)

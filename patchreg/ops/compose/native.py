@@ -142,9 +142,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     velocity, ctx.steps, ctx.border, _ = inputs
     ctx.save_for_backward(velocity, output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or autograd would make zeros of the size of all stored fields
 
 
-def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, upstream: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return None, None, None, None
     velocity, fields = ctx.saved_tensors
     gradient = torch.ops.patchreg.integrate_backward(upstream, velocity, fields, ctx.steps, ctx.border)
     return gradient, None, None, None

@@ -199,10 +199,13 @@ def _sweep_again(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or autograd would make zeros, of volume size, for the gradients' own gradients
     ctx.wanted, ctx.dtype = inputs[-2:], inputs[0].dtype
 
 
-def _scale_gradients(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 8
     if torch.is_grad_enabled():
         raise RuntimeError(
             "lncc has no second derivative on its native kernel: use backend='reference' for create_graph=True"
