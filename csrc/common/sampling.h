@@ -110,12 +110,14 @@ template <class Word> PATCHREG_FN Corners<Word> canonical(const Corners<Word>& c
 
 template <class Word>
 PATCHREG_FN Corners<float> entitled(const Corners<Word>& c, const Corners<float>& w, Word infinity) {
-    return {entitled(c.at000, w.at000, infinity), entitled(c.at001, w.at001, infinity), entitled(c.at010, w.at010, infinity),
-            entitled(c.at011, w.at011, infinity), entitled(c.at100, w.at100, infinity), entitled(c.at101, w.at101, infinity),
+    return {entitled(c.at000, w.at000, infinity), entitled(c.at001, w.at001, infinity),
+            entitled(c.at010, w.at010, infinity), entitled(c.at011, w.at011, infinity),
+            entitled(c.at100, w.at100, infinity), entitled(c.at101, w.at101, infinity),
             entitled(c.at110, w.at110, infinity), entitled(c.at111, w.at111, infinity)};
 }
 
-template <class Word> PATCHREG_FN float count_votes(const Corners<Word>& label, const Corners<float>& weight, Word wanted) {
+template <class Word>
+PATCHREG_FN float count_votes(const Corners<Word>& label, const Corners<float>& weight, Word wanted) {
     float votes = label.at000 == wanted ? weight.at000 : 0.0f;
     votes += label.at001 == wanted ? weight.at001 : 0.0f;
     votes += label.at010 == wanted ? weight.at010 : 0.0f;
@@ -133,7 +135,8 @@ template <class Word> struct Leader {
 };
 
 template <class Word>
-PATCHREG_FN Leader<Word> challenge(Leader<Word> leader, const Corners<Word>& label, const Corners<float>& weight, Word by) {
+PATCHREG_FN Leader<Word> challenge(Leader<Word> leader, const Corners<Word>& label, const Corners<float>& weight,
+                                   Word by) {
     const float votes = count_votes(label, weight, by);
     return {votes > leader.votes ? by : leader.label, votes > leader.votes ? votes : leader.votes};
 }

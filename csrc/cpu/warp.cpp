@@ -13,10 +13,6 @@ template <class T> static inline const Around<float>& widened(const Around<T>& a
 }
 static inline const Around<float>& widened(const Around<float>& around, Around<float>&) { return around; }
 
-template <class T> static inline const T* image_of(const WarpJob& job, const Shape& shape, i64 batch) {
-    return static_cast<const T*>(job.image) + (job.image_batch == 1 ? 0 : batch) * job.channels * shape.image_volume;
-}
-
 template <bool BORDER, class T> static void forward(const WarpJob& job, const Parallel& pool) {
     const Shape shape(job);
     for_each(pool, job.batch * shape.bricks, [&](i64 item, int) {

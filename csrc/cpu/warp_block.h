@@ -46,7 +46,8 @@ struct PATCHREG_ALIGNED Block {
     int count, lanes;    // lanes: count, up to whole vectors; the lanes beyond repeat the last voxel
     float displacement[3][LANES], fraction[3][LANES], slope[3][LANES];
     int low[3][LANES];
-    i64 offset[LANES];  // of the lowest of the eight voxels where all are inside the image, else negative
+    i64 offset[LANES];          // of the lowest of the eight voxels where all are inside the image, else negative
+    bool run[LANES / WHOLE];  // whether the lanes of a vector see voxels one after the other: where u is small or smooth
 
     Vector fractions(int lane) const { return {fraction[0][lane], fraction[1][lane], fraction[2][lane]}; }
 };
@@ -61,13 +62,18 @@ template <class T> struct PATCHREG_ALIGNED Around {
     }
 };
 
+template <class T> static inline const T* image_of(const WarpJob& job, const Shape& shape, i64 batch) {
+    return static_cast<const T*>(job.image) + (job.image_batch == 1 ? 0 : batch) * job.channels * shape.image_volume;
+}
+
 static inline Maps read_maps(const WarpJob& job, i64 batch) {
+    const double* affine = job.affine + (job.affine_batch == 1 ? 0 : batch) * 12;
+    const double* scale = job.scale + (job.scale_batch == 1 ? 0 : batch) * 9;
     Maps maps;
-    for (int c = 0; c < 3; ++c)
-        for (int d = 0; d < 4; ++d) {
-            maps.affine[c][d] = job.affine ? job.affine[(job.affine_batch == 1 ? 0 : batch) * 12 + c * 4 + d] : c == d;
-            if (job.scale && d < 3) maps.scale[c][d] = float(job.scale[(job.scale_batch == 1 ? 0 : batch) * 9 + c * 3 + d]);
-        }
+    for (int c = 0; c < 3; ++c) {
+        for (int d = 0; d < 4; ++d) maps.affine[c][d] = job.affine ? affine[4 * c + d] : c == d;
+        for (int d = 0; d < 3; ++d) maps.scale[c][d] = job.scale ? float(scale[3 * c + d]) : 0.0f;
+    }
     return maps;
 }
 
@@ -162,19 +168,25 @@ static inline void find_offsets(const WarpJob& job, Block& b) {
         for (int lane = 0; lane < b.lanes; ++lane)
             b.offset[lane] = inside(lane) ? i[lane] * slice + j[lane] * row + k[lane] : -1;
     }
+    for (int start = 0; start < b.lanes; start += WHOLE) {
+        const i64* offset = b.offset + start;
+        i64 differ = 0;
+        PATCHREG_SIMD for (int l = 0; l < WHOLE; ++l) differ |= offset[l] - offset[0] - l;
+        b.run[start / WHOLE] = differ == 0 && offset[0] >= 0;
+    }
 }
 
 // Fills in the block that begins at column `k` of a row: everything that is not the image's values.
-template <bool BORDER> static inline void place(const WarpJob& job, const Maps& maps, i64 batch, i64 row, i64 k, Block& b) {
-    const i64 volume = job.size[0] * job.size[1] * job.size[2];
+template <bool BORDER>
+static inline void place(const WarpJob& job, const Maps& maps, i64 batch, i64 row, i64 k, Block& b) {
+    const i64 volume = job.size[0] * job.size[1] * job.size[2], first = (job.displacement_batch == 1 ? 0 : batch) * 3;
     b.i = row / job.size[1], b.j = row % job.size[1], b.k = k;
     b.voxel = row * job.size[2] + k;
     b.count = int(smaller(LANES, job.size[2] - k));
     b.lanes = (b.count + WHOLE - 1) / WHOLE * WHOLE;
     if (job.displacement)
         for (int c = 0; c < 3; ++c)
-            load(job.displacement, job.displacement_storage, ((job.displacement_batch == 1 ? 0 : batch) * 3 + c) * volume, b,
-                 b.displacement[c], true);
+            load(job.displacement, job.displacement_storage, (first + c) * volume, b, b.displacement[c], true);
     find_positions<BORDER>(job, maps, b);
     find_offsets(job, b);
 }
@@ -196,24 +208,37 @@ PATCHREG_APART static void gather_edge(const WarpJob& job, const T* image, const
     }
 }
 
-// Two neighbouring voxels at a time, in scalar code: faster than the gathering instructions of any processor so far.
+template <class T> static inline void copy_run(const T* from, T* pair) {
+    PATCHREG_SIMD for (int l = 0; l < WHOLE; ++l) pair[2 * l] = from[l], pair[2 * l + 1] = from[l + 1];
+}
+
+// Whole vectors where lanes see voxels one after the other, else two neighbouring voxels at a time, in scalar code: faster
+// than the gathering instructions of any processor so far.
 template <bool BORDER, class T>
 PATCHREG_APART static void gather(const WarpJob& job, const T* image, const Block& b, Around<T>& around) {
     const i64 row = job.image_size[2], slice = job.image_size[1] * row;
     const T *at00 = image, *at01 = image + row, *at10 = image + slice, *at11 = image + slice + row;
     auto& [pair00, pair01, pair10, pair11] = around.pair;
-    for (int lane = 0; lane < b.lanes; ++lane) {
-        const i64 offset = b.offset[lane];
-        if (offset < 0) {
-            gather_edge<BORDER>(job, image, b, lane, around);
+    for (int start = 0; start < b.lanes; start += WHOLE) {
+        // The slice after next is fetched meanwhile: what misses the caches is the first touch of a slice.
+        const i64 first = b.offset[start];
+        if (first >= 0) __builtin_prefetch(at10 + 2 * slice + first, 0, 1);
+        if (b.run[start / WHOLE]) {
+            copy_run(at00 + first, pair00 + 2 * start), copy_run(at01 + first, pair01 + 2 * start);
+            copy_run(at10 + first, pair10 + 2 * start), copy_run(at11 + first, pair11 + 2 * start);
             continue;
         }
-        // The slice after next is fetched meanwhile: what misses the caches is the first touch of a slice.
-        if (lane % WHOLE == 0) __builtin_prefetch(at10 + 2 * slice + offset, 0, 1);
-        __builtin_memcpy(pair00 + 2 * lane, at00 + offset, 2 * sizeof(T));
-        __builtin_memcpy(pair01 + 2 * lane, at01 + offset, 2 * sizeof(T));
-        __builtin_memcpy(pair10 + 2 * lane, at10 + offset, 2 * sizeof(T));
-        __builtin_memcpy(pair11 + 2 * lane, at11 + offset, 2 * sizeof(T));
+        for (int lane = start; lane < start + WHOLE; ++lane) {
+            const i64 offset = b.offset[lane];
+            if (offset < 0) {
+                gather_edge<BORDER>(job, image, b, lane, around);
+                continue;
+            }
+            __builtin_memcpy(pair00 + 2 * lane, at00 + offset, 2 * sizeof(T));
+            __builtin_memcpy(pair01 + 2 * lane, at01 + offset, 2 * sizeof(T));
+            __builtin_memcpy(pair10 + 2 * lane, at10 + offset, 2 * sizeof(T));
+            __builtin_memcpy(pair11 + 2 * lane, at11 + offset, 2 * sizeof(T));
+        }
     }
 }
 

@@ -6,8 +6,9 @@
 namespace patchreg {
 namespace PATCHREG_ISA {
 
-template <bool BORDER, class Word>
-static inline void copy_nearest(const WarpJob& job, const Word* image, const Block& b, const int (*nearest)[LANES], Word* out) {
+template <class Word>
+static inline void copy_nearest(const WarpJob& job, const Word* image, const Block& b, const int (*nearest)[LANES],
+                                Word* out) {
     const i64* size = job.image_size;
     for (int lane = 0; lane < b.count; ++lane) {
         const i64 i = nearest[0][lane], j = nearest[1][lane], k = nearest[2][lane];
@@ -47,7 +48,8 @@ template <class Word> static inline void vote(const Around<Word>& around, const 
 template <bool BORDER, class Word> static void sample_words(const WarpJob& job, const Parallel& pool) {
     const Shape shape(job);
     for_each(pool, job.batch * shape.bricks, [&](i64 item, int) {
-        const i64 batch = item / shape.bricks, image_batch = job.image_batch == 1 ? 0 : batch;
+        const i64 batch = item / shape.bricks;
+        const Word* first = image_of<Word>(job, shape, batch);
         const Maps maps = read_maps(job, batch);
         Block b;
         Around<Word> around;
@@ -56,10 +58,10 @@ template <bool BORDER, class Word> static void sample_words(const WarpJob& job, 
             place<BORDER>(job, maps, batch, row, block * LANES, b);
             if (job.nearest) find_nearest<BORDER>(job, b, nearest);
             for (i64 c = 0; c < job.channels; ++c) {
-                const Word* image = static_cast<const Word*>(job.image) + (image_batch * job.channels + c) * shape.image_volume;
+                const Word* image = first + c * shape.image_volume;
                 Word* out = static_cast<Word*>(job.out) + (batch * job.channels + c) * shape.volume + b.voxel;
                 if (job.nearest) {
-                    copy_nearest<BORDER>(job, image, b, nearest, out);
+                    copy_nearest(job, image, b, nearest, out);
                 } else {
                     gather<BORDER>(job, image, b, around);
                     vote(around, b, Word(job.infinity), out);

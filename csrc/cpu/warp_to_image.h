@@ -15,7 +15,8 @@ struct Region {
     bool has_slice(int i) const { return i >= first_slice && i <= last_slice; }
     bool has_row(int j) const { return j >= first_row && j <= last_row; }
     bool holds(const Region& other) const {
-        return has_slice(other.first_slice) && has_slice(other.last_slice) && has_row(other.first_row) && has_row(other.last_row);
+        return has_slice(other.first_slice) && has_slice(other.last_slice) && has_row(other.first_row) &&
+               has_row(other.last_row);
     }
     bool meets(const Region& other) const {
         return first_slice <= other.last_slice && other.first_slice <= last_slice && first_row <= other.last_row &&
@@ -42,7 +43,9 @@ struct Notes {
           each_batch((shape.rows + rows_each - 1) / rows_each * blocks),
           regions(job.grad_image ? job.batch * each_batch : 0, false) {}
 
-    Region& of(i64 batch, i64 row, i64 block) const { return regions[batch * each_batch + row / rows_each * blocks + block]; }
+    Region& of(i64 batch, i64 row, i64 block) const {
+        return regions[batch * each_batch + row / rows_each * blocks + block];
+    }
 
     // One thread notes all rows of an entry, in their order.
     void note(const WarpJob& job, i64 batch, i64 row, i64 block, const Block& b) const {
@@ -89,37 +92,59 @@ PATCHREG_APART static void scatter_edge(const WarpJob& job, const Block& b, int 
 
 typedef float Pair __attribute__((vector_size(8)));
 
-static inline void add_pair(const float* pair, int lane, float* grad) {
+static inline void add_pair(const float* pair, float* grad) {
     Pair sum, share;
     __builtin_memcpy(&sum, grad, sizeof sum);
-    __builtin_memcpy(&share, pair + 2 * lane, sizeof share);
+    __builtin_memcpy(&share, pair, sizeof share);
     sum += share;
     __builtin_memcpy(grad, &sum, sizeof sum);
 }
 
-// Every other lane first: neighbouring lanes mostly meet in a voxel, and would wait for each other's stores. WHOLE_BLOCK:
-// all that the block touches is in the region.
+// The shares of lanes that see voxels one after the other: what two lanes give to a voxel is added up first.
+static inline void add_run(const float* pair, float* grad) {
+    grad[0] += pair[0];
+    PATCHREG_SIMD for (int l = 1; l < WHOLE; ++l) grad[l] += pair[2 * l - 1] + pair[2 * l];
+    grad[WHOLE] += pair[2 * WHOLE - 1];
+}
+
+// Which of the four lines of voxels around a lane are in a region.
+struct Lines {
+    bool at00, at01, at10, at11;
+};
+
+static inline Lines find_lines(const Region& region, const Block& b, int lane) {
+    const int i = b.low[0][lane], j = b.low[1][lane];
+    const bool slice0 = region.has_slice(i), slice1 = region.has_slice(i + 1);
+    const bool row0 = region.has_row(j), row1 = region.has_row(j + 1);
+    return {slice0 && row0, slice0 && row1, slice1 && row0, slice1 && row1};
+}
+
+// WHOLE_BLOCK: all that the block touches is in the region. Every other lane goes first: neighbouring lanes mostly meet in
+// a voxel, and would wait for each other's stores.
 template <bool BORDER, bool WHOLE_BLOCK>
 PATCHREG_APART static void scatter(const WarpJob& job, const Block& b, const Shares& shares, const Region& region,
                                    float* grad) {
     const i64 row = job.image_size[2], slice = job.image_size[1] * row;
-    for (int odd = 0; odd < 2; ++odd)
-        for (int lane = odd; lane < b.count; lane += 2) {
-            const i64 offset = b.offset[lane];
-            if (offset < 0) {
-                scatter_edge<BORDER>(job, b, lane, shares, region, grad);
-                continue;
-            }
-            float* at = grad + offset;
-            const int i = b.low[0][lane], j = b.low[1][lane];
-            const bool slice0 = WHOLE_BLOCK || region.has_slice(i), slice1 = WHOLE_BLOCK || region.has_slice(i + 1);
-            const bool row0 = WHOLE_BLOCK || region.has_row(j), row1 = WHOLE_BLOCK || region.has_row(j + 1);
-            if (lane % WHOLE == 0) __builtin_prefetch(at + 3 * slice, 1, 1);  // as gather() does
-            if (slice0 && row0) add_pair(shares.pair[0], lane, at);
-            if (slice0 && row1) add_pair(shares.pair[1], lane, at + row);
-            if (slice1 && row0) add_pair(shares.pair[2], lane, at + slice);
-            if (slice1 && row1) add_pair(shares.pair[3], lane, at + slice + row);
+    const auto add = [&](int lane, const auto& add_line) {
+        const Lines lines = WHOLE_BLOCK ? Lines{true, true, true, true} : find_lines(region, b, lane);
+        float* at = grad + b.offset[lane];
+        if (lines.at00) add_line(shares.pair[0] + 2 * lane, at);
+        if (lines.at01) add_line(shares.pair[1] + 2 * lane, at + row);
+        if (lines.at10) add_line(shares.pair[2] + 2 * lane, at + slice);
+        if (lines.at11) add_line(shares.pair[3] + 2 * lane, at + slice + row);
+    };
+    for (int start = 0; start < b.count; start += WHOLE) {
+        if (b.offset[start] >= 0) __builtin_prefetch(grad + b.offset[start] + 3 * slice, 1, 1);  // as gather() does
+        if (b.run[start / WHOLE]) {
+            add(start, add_run);
+            continue;
         }
+        for (int odd = 0; odd < 2; ++odd)
+            for (int lane = start + odd; lane < smaller(b.count, start + WHOLE); lane += 2) {
+                if (b.offset[lane] < 0) scatter_edge<BORDER>(job, b, lane, shares, region, grad);
+                else add(lane, add_pair);
+            }
+    }
 }
 
 // The gradient of nearest sampling: all of it goes to one voxel.
@@ -141,6 +166,7 @@ static void add_to_region(const WarpJob& job, const Shape& shape, i64 batch, con
     Shares shares;
     PATCHREG_ALIGNED float g[LANES];
     const Maps maps = read_maps(job, batch);
+    const i64 first = (job.image_batch == 1 ? 0 : batch) * job.channels;
     for (i64 brick = 0; brick < shape.bricks; ++brick)
         shape.for_blocks(brick, [&](i64 row, i64 block) {
             const Region& touched = notes.of(batch, row, block);
@@ -148,7 +174,7 @@ static void add_to_region(const WarpJob& job, const Shape& shape, i64 batch, con
             const bool whole = region.holds(touched);
             place<BORDER>(job, maps, batch, row, block * LANES, b);
             for (i64 c = 0; c < job.channels; ++c) {
-                float* grad = job.grad_image + ((job.image_batch == 1 ? 0 : batch) * job.channels + c) * shape.image_volume;
+                float* grad = job.grad_image + (first + c) * shape.image_volume;
                 load(job.upstream, job.out_storage, (batch * job.channels + c) * shape.volume, b, g);
                 if (job.nearest) {
                     scatter_nearest<BORDER>(job, b, g, region, grad);
@@ -162,7 +188,8 @@ static void add_to_region(const WarpJob& job, const Shape& shape, i64 batch, con
 }
 
 // Some regions for every thread; slices are divided first, and rows too where the slabs would become thin.
-template <bool BORDER> static void to_image(const WarpJob& job, const Shape& shape, const Parallel& pool, const Notes& notes) {
+template <bool BORDER>
+static void to_image(const WarpJob& job, const Shape& shape, const Parallel& pool, const Notes& notes) {
     const i64 slices = job.image_size[0], rows = job.image_size[1];
     const i64 wanted = larger(1, 4 * pool.threads / job.image_batch), slabs = larger(1, smaller(wanted, slices / 8));
     const i64 bands = larger(1, smaller((wanted + slabs - 1) / slabs, rows / 16));

@@ -123,7 +123,8 @@ PATCHREG_FN void write_sums(const MapSums& sums, const Lattice& g, const Place& 
     }
     if (g.scale == nullptr) return;
     for (int c = 0; c < 9; ++c) {
-        const double sum = block_sum<THREADS>(double(component(c < 3 ? sums.i_by_u : c < 6 ? sums.j_by_u : sums.k_by_u, c % 3)));
+        const Vector by_u = c < 3 ? sums.i_by_u : c < 6 ? sums.j_by_u : sums.k_by_u;
+        const double sum = block_sum<THREADS>(double(component(by_u, c % 3)));
         if (first) out[12 + c] = sum;
     }
 }
@@ -135,8 +136,8 @@ struct Returned {
 
 // For one voxel of one batch entry: adds to the image's gradient, and returns the rest.
 template <int WANTED, class Image, class Up>
-PATCHREG_FN Returned differentiate(const Image* image, const Up* upstream, float* grad_image, const Lattice& g, const Place& p,
-                                   i64 batch, const Around& around, float gain, bool adds) {
+PATCHREG_FN Returned differentiate(const Image* image, const Up* upstream, float* grad_image, const Lattice& g,
+                                   const Place& p, i64 batch, const Around& around, float gain, bool adds) {
     Returned back{{0.0f, 0.0f, 0.0f}, {0.0f, 0.0f, 0.0f}};
     const Corners<float> weight = weigh(around.fractions);
 #pragma unroll 1
@@ -179,8 +180,10 @@ __global__ void __launch_bounds__(THREADS, resident_blocks(WANTED))
                 if (round == 0 || entries > 1) read_maps(maps, g, p, batch);
             const Vector u = read_displacement(displacement, g, p, batch);
             const Around around = find_around<BORDER>(g, find_position<MAPS>(maps, g, p, u));
-            const Returned back = differentiate<WANTED>(image, upstream, grad_image, g, p, batch, around, gain, adds != 0);
-            const Vector pulled = MAPS && g.scale ? multiply_transposed(maps.scale, back.force) : multiply(g.step, back.force);
+            const Returned back =
+                differentiate<WANTED>(image, upstream, grad_image, g, p, batch, around, gain, adds != 0);
+            const bool mixes = MAPS && g.scale;
+            const Vector pulled = mixes ? multiply_transposed(maps.scale, back.force) : multiply(g.step, back.force);
             total = add(total, add(pulled, back.direct));
             if constexpr ((WANTED & TO_MAPS) != 0) add_to_sums(part, p, back.force, u);
         }

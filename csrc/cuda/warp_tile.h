@@ -87,14 +87,17 @@ PATCHREG_FN Vector add(Vector a, Vector b) { return {a.i + b.i, a.j + b.j, a.k +
 PATCHREG_FN Vector multiply(float factor, Vector v) { return {factor * v.i, factor * v.j, factor * v.k}; }
 PATCHREG_FN float component(Vector v, i64 c) { return c == 0 ? v.i : c == 1 ? v.j : v.k; }
 PATCHREG_FN Vector multiply(const float* m, Vector v) {
-    return {m[0] * v.i + m[1] * v.j + m[2] * v.k, m[3] * v.i + m[4] * v.j + m[5] * v.k, m[6] * v.i + m[7] * v.j + m[8] * v.k};
+    return {m[0] * v.i + m[1] * v.j + m[2] * v.k, m[3] * v.i + m[4] * v.j + m[5] * v.k,
+            m[6] * v.i + m[7] * v.j + m[8] * v.k};
 }
 PATCHREG_FN Vector multiply_transposed(const float* m, Vector v) {
-    return {m[0] * v.i + m[3] * v.j + m[6] * v.k, m[1] * v.i + m[4] * v.j + m[7] * v.k, m[2] * v.i + m[5] * v.j + m[8] * v.k};
+    return {m[0] * v.i + m[3] * v.j + m[6] * v.k, m[1] * v.i + m[4] * v.j + m[7] * v.k,
+            m[2] * v.i + m[5] * v.j + m[8] * v.k};
 }
 
 // u at the thread's voxel; zero where there is no displacement.
-template <class Field> PATCHREG_FN Vector read_displacement(const Field* displacement, const Lattice& g, const Place& p, i64 batch) {
+template <class Field>
+PATCHREG_FN Vector read_displacement(const Field* displacement, const Lattice& g, const Place& p, i64 batch) {
     if (displacement == nullptr) return {0.0f, 0.0f, 0.0f};
     const Field* u = displacement + batch * g.displacement_stride + p.voxel;
     const i64 volume = voxels_of(g);
@@ -151,8 +154,9 @@ template <bool BORDER> PATCHREG_FN Around find_around(const Lattice& g, const Po
     const OnAxis i = find_on_axis<BORDER>(position.i, g.image_i), j = find_on_axis<BORDER>(position.j, g.image_j);
     const OnAxis k = find_on_axis<BORDER>(position.k, g.image_k);
     const i64 slice = g.image_j * g.image_k;
-    return {i.first * slice + j.first * g.image_k + k.first, i.step * slice, j.step * g.image_k, k.step, i.low, i.high, j.low,
-            j.high, k.low, k.high, {i.at.fraction, j.at.fraction, k.at.fraction}, {i.at.slope, j.at.slope, k.at.slope}};
+    return {i.first * slice + j.first * g.image_k + k.first, i.step * slice, j.step * g.image_k, k.step,
+            i.low, i.high, j.low, j.high, k.low, k.high,
+            {i.at.fraction, j.at.fraction, k.at.fraction}, {i.at.slope, j.at.slope, k.at.slope}};
 }
 
 // Calls body(place, inside) for the eight voxels, in the order of Corners, and collects what it returns.

@@ -212,6 +212,17 @@ def test_affine_maps_that_are_no_maps(number, kernel_device):
         torch.autograd.grad(value.sum(), (image, affine))
 
 
+def test_what_no_voxel_sees_does_not_enter_the_sums(kernel_device, generator):
+    """Threads beyond the end of the volume sample somewhere too, and find a NaN there."""
+    image = torch.rand((1, 1, 5, 6, 37), generator=generator)
+    image[:, :, 4] = torch.nan
+    affine = torch.eye(3, 4) * 0.5 + 0.01
+    affine = affine.to(kernel_device).requires_grad_()
+    value = ops.warp(image.to(kernel_device), affine=affine, padding="border", backend="native")
+    value.sum().backward()
+    assert torch.isfinite(affine.grad).all()
+
+
 def test_values_outside_an_image_of_nan_are_zero(kernel_device):
     """What lies outside is not read, so a NaN at the edge does not leak into it."""
     image = torch.full((1, 1, 4, 4, 40), torch.nan, device=kernel_device)
@@ -244,7 +255,7 @@ def test_labels_of_every_dtype(dtype, mode, kernel_device, generator):
 def test_labels_in_large_regions(axis, kernel_device, generator):
     """Whole rows of voxels see one label, or one on this side and another on that."""
     labels = (torch.arange(20) // 4).view([-1 if d == axis else 1 for d in range(5)]).expand(1, 1, 20, 20, 20)
-    u = torch.rand((1, 3, 20, 20, 20), generator=generator) - 0.5
+    u = 0.5 + 0.5 * torch.rand((1, 3, 20, 20, 20), generator=generator)
     expected = ops.warp(labels, u.double(), padding="border", mode="label", backend="reference")
     found = ops.warp(labels.to(kernel_device), u.to(kernel_device), padding="border", mode="label", backend="native")
     assert torch.equal(found.cpu(), expected)
