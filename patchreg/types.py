@@ -19,5 +19,9 @@ Reduction: TypeAlias = Literal["mean", "sum", "none"]
 Memory: TypeAlias = Literal["stored", "recompute"]
 """What an operation keeps for its backward pass: what makes it fast, or nothing of volume size."""
 
+Activations: TypeAlias = Literal["stored", "checkpoint", "reversible"]
+"""What a network keeps of its activations for its backward pass: all; the inputs of its parts; of reversible stacks only
+the output, and of the rest the inputs of its parts."""
+
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the name of what is being done, how many parts are done, and how many there are."""
