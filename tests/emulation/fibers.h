@@ -212,8 +212,8 @@ inline void run_thread() {
 inline void prepare(Fiber& fiber) {
     if (fiber.stack == nullptr) {
         void* memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) fail("no memory for the stack of a thread");
-        mprotect(memory, STACK_GUARD, PROT_NONE);
+        if (memory == MAP_FAILED || mprotect(memory, STACK_GUARD, PROT_NONE) != 0)
+            fail("no memory for the stack of a thread");
         fiber.stack = static_cast<char*>(memory);
     }
 #if defined(__x86_64__)
@@ -229,6 +229,15 @@ inline void prepare(Fiber& fiber) {
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run_thread, 0);
 #endif
+}
+
+// A stack is two entries in the system's table of a process's mappings, which holds 65530: dozens of libraries like this
+// one must not each keep theirs.
+inline void release_stacks() {
+    for (Fiber& fiber : block->fibers) {
+        if (fiber.stack != nullptr) munmap(fiber.stack, STACK);
+        fiber.stack = nullptr;
+    }
 }
 
 inline void run_block() {

@@ -173,6 +173,7 @@ template <class... Parameters> void emulate(void (*kernel)(Parameters...), Reque
     else if (escaped == FAULT)
         describe_fault(request, memory);
     for (Guarded& each : memory) each.close();
+    release_stacks();
     request.float_atomics = block->float_atomics;
     memcpy(request.error, block->error, sizeof request.error);
 }

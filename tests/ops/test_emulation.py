@@ -53,6 +53,19 @@ def test_records_launches(emulated_cuda, data):
     assert emulated_cuda.launches == [emulator.Launched("planted.cu", "planted::copy", (1, 1, 1), (64, 1, 1), 0)]
 
 
+def test_leaves_no_memory_mapped(emulated_cuda):
+    """Every library has stacks of its own, two mappings each; kept, those of all kernels would exceed what Linux allows."""
+
+    def mappings():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    values = torch.rand(1024)
+    run("copy", values[:64], torch.empty(64), 0, 0)  # loads the library
+    before = mappings()
+    run("copy", values, torch.empty(1024), 0, 0, block=(1024, 1, 1))
+    assert mappings() < before + 100
+
+
 @pytest.mark.parametrize("entry", ["shift<false>", "smooth_twice<false>"])
 def test_missing_barrier(entry, emulated_cuda, data):
     arguments = [data, torch.empty(64)] if entry.startswith("shift") else [data]
