@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import nn
 
-from patchreg.cascade.chain import PreparedPair, StageOutput, train_chain
+from patchreg.cascade.chain import PreparedPair, StageOutput, run_chain
 from patchreg.cascade.cover import Result, cover_all
 from patchreg.cascade.prepared import Normalization, Prepared
 from patchreg.cascade.stage import Stage
@@ -73,7 +73,11 @@ class PatchCascade(nn.Module):
         Returns:
             The outputs of every stage and repeat, to compute losses from.
         """
-        return train_chain(self._stages(), pairs, self.stop_gradients, generator)
+        return list(self.steps(pairs, generator))
+
+    def steps(self, pairs: Sequence[PreparedPair], generator: torch.Generator | None = None) -> Iterator[StageOutput]:
+        """:meth:`forward` one stage at a time; see :func:`patchreg.cascade.chain.run_chain`."""
+        return run_chain(self._stages(), pairs, self.stop_gradients, generator)
 
     def register(
         self,

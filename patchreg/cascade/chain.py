@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -77,12 +77,14 @@ class _Link:
     transform: Transform
 
 
-def train_chain(
+def run_chain(
     stages: Sequence[Stage], pairs: Sequence[PreparedPair], stop_gradients: bool, generator: torch.Generator | None
-) -> list[StageOutput]:
-    """Draw a chain of nested patches for every pair and run the stages on it.
+) -> Iterator[StageOutput]:
+    """Draw a chain of nested patches for every pair and run the stages on it, one after the other as they are asked for.
 
-    Memory depends on the number and size of the patches, never on the size of the images.
+    Memory depends on the number and size of the patches, never on the size of the images. Where gradients stop between
+    stages, who takes an output's gradients and drops it before asking for the next holds the activations of one stage
+    at a time.
 
     Args:
         stages: coarse to fine.
@@ -90,10 +92,9 @@ def train_chain(
         stop_gradients: whether a stage's loss leaves the stages before it alone.
         generator: of the random patches.
 
-    Returns:
+    Yields:
         One output a stage and repeat; none for frozen stages.
     """
-    outputs: list[StageOutput] = []
     links = [_Link(pair, None, pair.initial) for pair in pairs]
     for index, stage in enumerate(stages):
         links = [
@@ -106,14 +107,15 @@ def train_chain(
             for _ in range(stage.patches)
         ]
         for _ in range(stage.repeats):
-            if stop_gradients:
-                links = [_Link(link.pair, link.grid, link.transform.detach()) for link in links]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not stage.frozen):
                 output = _run(index, stage, links)
-            links = [_Link(link.pair, link.grid, t) for link, t in zip(links, output.transforms, strict=True)]
+            links = [
+                _Link(link.pair, link.grid, t.detach() if stop_gradients else t)
+                for link, t in zip(links, output.transforms, strict=True)
+            ]
             if not stage.frozen:
-                outputs.append(output)
-    return outputs
+                yield output
+            del output  # or its activations would live on while the next stage runs
 
 
 def _run(index: int, stage: Stage, links: Sequence[_Link]) -> StageOutput:

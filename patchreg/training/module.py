@@ -18,7 +18,8 @@ from patchreg.cascade.storage import load_matching, model_folder
 from patchreg.datasets import Pair
 from patchreg.errors import InputError
 from patchreg.training.evaluation import Evaluation, evaluate
-from patchreg.training.objective import Objective
+from patchreg.training.objective import Objective, sum_of_stages
+from patchreg.training.stepwise import with_gradients
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +90,35 @@ class RegistrationModule(L.LightningModule):
             pair.fixed, pair.moving, pair.initial, batch=self.patch_batch, fixed_warp=pair.fixed_warp
         )
 
+    def loss(self, pairs: Sequence[PreparedPair], scale: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """One training pass: what to minimise, and its terms.
+
+        Where gradients stop between stages they are taken stage by stage, and the activations of one stage exist at a
+        time; the result's backward pass only hands them out (:func:`patchreg.training.stepwise.with_gradients`).
+
+        Args:
+            pairs: images of any sizes, spacings and orientations.
+            scale: of the gradients while they are computed, against underflow in half precision.
+        """
+        stepwise = self.cascade.stop_gradients and torch.is_grad_enabled()
+        parameters = [p for p in self.cascade.parameters() if p.requires_grad]
+        parts: list[Tensor | None] = []
+        terms: dict[str, Tensor] = {}
+        for output in self.cascade.steps(pairs):
+            part, found = self.objective.of(output)
+            del output  # with its activations, before the next stage runs
+            if stepwise and part is not None and part.requires_grad:
+                part = with_gradients(part, parameters, scale)
+            parts.append(part)
+            terms.update(found)
+        return sum_of_stages(parts), terms
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
     def training_step(self, batch: Sequence[Pair], batch_idx: int) -> Tensor:
-        outputs = self.cascade([self.prepare(pair) for pair in batch])
-        total, terms = self.objective(outputs)
+        total, terms = self.loss([self.prepare(pair) for pair in batch], self._loss_scale())
         if not bool(torch.isfinite(total)):
             names = ", ".join(pair.name for pair in batch)
             raise InputError(

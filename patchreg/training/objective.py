@@ -53,20 +53,25 @@ class Objective:
         if (self.overlap_weight or self.centroid_weight) and not self.labels:
             raise InputError("overlap_weight and centroid_weight need labels")
 
-    def __call__(self, outputs: Sequence[StageOutput]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, and every term by name (``stage0/similarity``, ...) before weighting."""
+    def of(self, output: StageOutput) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """One stage's share of the total, None where no term applies, and every term by name before weighting."""
+        weight = 1.0 if self.stage_weights is None else _pick(self.stage_weights, output.index, "stage_weights")
         total: Tensor | None = None
         terms: dict[str, Tensor] = {}
-        for output in outputs:
-            weight = 1.0 if self.stage_weights is None else _pick(self.stage_weights, output.index, "stage_weights")
-            for name, factor, value in self._terms(output):
-                key = f"stage{output.index}/{name}"
-                terms[key] = value.detach()  # of the last repeat
-                part = weight * factor * value.to(output.fixed.device, torch.float32)
-                total = part if total is None else total + part
-        if total is None or not total.requires_grad:
-            raise InputError("no term of the objective applies to these pairs: do they have labels?")
+        for name, factor, value in self._terms(output):
+            terms[f"stage{output.index}/{name}"] = value.detach()
+            part = weight * factor * value.to(output.fixed.device, torch.float32)
+            total = part if total is None else total + part
         return total, terms
+
+    def __call__(self, outputs: Sequence[StageOutput]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and every term by name (``stage0/similarity``, ...) before weighting; of repeats the last.
+
+        Raises:
+            InputError: no term applies.
+        """
+        parts, terms = zip(*(self.of(output) for output in outputs), strict=True) if outputs else ((), ())
+        return sum_of_stages(parts), {name: value for each in terms for name, value in each.items()}
 
     def _terms(self, output: StageOutput) -> list[tuple[str, float, Tensor]]:
         found: list[tuple[str, float, Tensor]] = []
@@ -94,6 +99,18 @@ class Objective:
             if distances:
                 found.append(("centroids_mm", self.centroid_weight / 10, torch.stack(distances).mean()))
         return found
+
+
+def sum_of_stages(parts: Sequence[Tensor | None]) -> Tensor:
+    """The total of the stages' shares.
+
+    Raises:
+        InputError: there is none to take a gradient of.
+    """
+    found = [part for part in parts if part is not None and part.requires_grad]
+    if not found:
+        raise InputError("no term of the objective applies to these pairs: do they have labels?")
+    return torch.stack(found).sum()
 
 
 Points = list[tuple[MappedGrid, Volume]]
