@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache
-from typing import TypeVar, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from patchreg.ops.cuda import launch
 from patchreg.types import Backend
 
 _log = logging.getLogger(__name__)
-
-Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def is_native(name: str, backend: Backend, *tensors: Tensor | None) -> bool:
@@ -42,11 +39,6 @@ def is_native(name: str, backend: Backend, *tensors: Tensor | None) -> bool:
     if reason is not None and backend == "native":
         raise BackendUnavailable(f"{name} cannot run on its native kernel: {reason}")
     return reason is None
-
-
-def choose(name: str, backend: Backend, reference: Function, native: Function, tensors: list[Tensor]) -> Function:
-    """The implementation of operation ``name`` that ``backend`` asks for; see :func:`is_native`."""
-    return native if is_native(name, backend, *tensors) else reference
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

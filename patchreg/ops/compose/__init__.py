@@ -9,7 +9,7 @@ from torch import Tensor
 from patchreg.errors import InputError
 from patchreg.ops import checks
 from patchreg.ops.compose import native, reference
-from patchreg.ops.dispatch import choose, is_native
+from patchreg.ops.dispatch import is_native
 from patchreg.ops.warp.arguments import complete
 from patchreg.types import Backend, Memory, Padding
 
@@ -48,7 +48,8 @@ def compose(
     checks.volume("v", v, channels=3)
     checks.same_device("u", u, "v", v)
     affine, scale, _ = complete(u, v, affine, scale, None, "linear", padding)
-    return choose("compose", backend, reference.compose, native.compose, [u, v])(u, v, affine, scale, padding)
+    implementation = native if is_native("compose", backend, u, v) else reference
+    return implementation.compose(u, v, affine, scale, padding)
 
 
 def integrate(

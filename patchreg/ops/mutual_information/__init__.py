@@ -7,7 +7,7 @@ from torch import Tensor
 
 from patchreg.errors import InputError, NoGradient
 from patchreg.ops import checks
-from patchreg.ops.dispatch import choose
+from patchreg.ops.dispatch import is_native
 from patchreg.ops.mutual_information import native, reference
 from patchreg.types import Backend
 
@@ -68,6 +68,5 @@ def mutual_information(
         if mask.requires_grad and torch.is_grad_enabled():
             raise NoGradient("mutual_information has no gradient to the mask: detach it")
         mask = checks.broadcast_mask("mask", mask, fixed, weights=True)
-    tensors = [fixed, moving]
-    function = choose("mutual_information", backend, reference.mutual_information, native.mutual_information, tensors)
-    return function(fixed, moving, bins, mask, window, normalized, fixed_range, moving_range)
+    implementation = native if is_native("mutual_information", backend, fixed, moving) else reference
+    return implementation.mutual_information(fixed, moving, bins, mask, window, normalized, fixed_range, moving_range)
