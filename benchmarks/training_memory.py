@@ -24,7 +24,7 @@ from patchreg.memory import LivePeak
 from patchreg.ops.windows import gaussian_smooth
 from patchreg.resources import resource_folder
 from patchreg.spatial import Grid, Volume
-from patchreg.training import Objective
+from patchreg.training import Objective, RegistrationModule
 
 HEAD_MM = 192.0
 
@@ -40,8 +40,7 @@ def made_image(size: int, seed: int) -> Volume:
 def measure(size: int, cascade_config: dict, patches: int) -> dict:
     """One training step on images of ``size`` voxels a side."""
     torch.manual_seed(0)
-    cascade = build_cascade(cascade_config)
-    objective = Objective(LNCC(9), Diffusion())
+    module = RegistrationModule(build_cascade(cascade_config), Objective(LNCC(9), Diffusion()))
     gc.collect()
     with LivePeak() as memory:
         images = [made_image(size, seed) for seed in (0, 1)]
@@ -50,13 +49,12 @@ def measure(size: int, cascade_config: dict, patches: int) -> dict:
         memory.peak = memory.live
         start = time.perf_counter()
         pair = PreparedPair(*(Prepared(image, Normalization()) for image in images))
-        outputs = cascade([pair])
-        loss, _ = objective(outputs)
+        loss, _ = module.loss([pair])
         loss.backward()
         seconds = time.perf_counter() - start
         peak_mib = memory.peak / 2**20
     assert torch.isfinite(loss), "the loss is not finite"
-    assert all(p.grad is not None for p in cascade.parameters() if p.requires_grad), "a weight got no gradient"
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad), "a weight got no gradient"
     return {
         "image": f"{size}^3",
         "voxel mm": HEAD_MM / size,
