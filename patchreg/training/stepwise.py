@@ -25,7 +25,7 @@ def with_gradients(value: Tensor, parameters: Sequence[Tensor], scale: float = 1
     """
     gradients = torch.autograd.grad(value * scale, list(parameters), allow_unused=True)
     used = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
-    result: Tensor = _HandOut.apply(value.detach(), scale, [g for _, g in used], *(p for p, _ in used))  # type: ignore[no-untyped-call]
+    result: Tensor = _HandOut.apply(value.detach(), scale, [g for _, g in used], *(p for p, _ in used))
     return result
 
 
@@ -36,7 +36,7 @@ class _HandOut(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the gradients of this loss were handed out already: it has one backward pass")
