@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from patchreg.errors import InputError
 from patchreg.types import Activations
+
+Result = TypeVar("Result")
 
 POLICIES: tuple[Activations, ...] = ("stored", "checkpoint", "reversible")
 
@@ -31,12 +35,12 @@ def check_policy(memory: str, reversible: bool, name: str) -> None:
         raise InputError(f"memory must be one of {', '.join(POLICIES)}, got {memory!r}")
     if memory == "reversible" and not reversible:
         raise InputError(
-            f"{name} has no reversible blocks, so memory: reversible cannot be: set reversible: true (another network, "
-            "to be trained from the start), or memory: checkpoint (the same network)"
+            f"{name} has no reversible blocks, so memory: reversible cannot be: set its option reversible (another "
+            "network, to be trained from the start), or memory: checkpoint (the same network)"
         )
 
 
-def run_part(memory: Activations, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def run_part(memory: Activations, part: Callable[..., Result], *inputs: Tensor) -> Result:
     """Run a part of a network; unless everything is stored, only its inputs are kept, and it runs again in backward.
 
     Random numbers are drawn again as they were, and autocast is as it was. Values and gradients are those of the plain
@@ -52,7 +56,7 @@ def run_part(memory: Activations, part: Callable[..., Tensor], *inputs: Tensor) 
     """
     if memory == "stored" or not torch.is_grad_enabled():
         return part(*inputs)
-    result: Tensor = checkpoint(part, *inputs, use_reentrant=False)
+    result: Result = checkpoint(part, *inputs, use_reentrant=False)
     return result
 
 
@@ -61,6 +65,22 @@ def offloading(offload: bool, device: torch.device) -> AbstractContextManager[ob
 
     Costs host memory and transfers; on the CPU it changes nothing.
     """
-    if not offload or device.type == "cpu" or not torch.is_grad_enabled():
+    if not offload or not torch.is_grad_enabled():
         return nullcontext()
-    return save_on_cpu(pin_memory=device.type == "cuda")
+    if (hooks := _instead.get()) is not None:
+        return hooks()
+    return nullcontext() if device.type == "cpu" else save_on_cpu(pin_memory=device.type == "cuda")
+
+
+Hooks = Callable[[], AbstractContextManager[object]]
+_instead: ContextVar[Hooks | None] = ContextVar("instead", default=None)
+
+
+@contextmanager
+def offload_with(hooks: Hooks) -> Iterator[None]:
+    """Within the block :func:`offloading` does what ``hooks`` make, on any device: to account for another machine."""
+    token = _instead.set(hooks)
+    try:
+        yield
+    finally:
+        _instead.reset(token)

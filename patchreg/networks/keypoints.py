@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from patchreg.networks.unet import UNet, pad_to_multiple
+from patchreg.types import Activations
 
 
 class KeypointAffine(nn.Module):
@@ -28,6 +29,7 @@ class KeypointAffine(nn.Module):
         norm: instance normalisation after every convolution.
         ridge: weight of the identity in the fit; total weight of the points is 1.
         channels: of each image.
+        memory: what is kept for the backward pass: ``"stored"``, all; ``"checkpoint"``, what enters convolutions.
 
     References:
         Hoffmann et al. 2024, arXiv:2301.11329, eq. (3) to (6); Yu et al. 2022 (KeyMorph), arXiv:2304.09941.
@@ -42,9 +44,10 @@ class KeypointAffine(nn.Module):
         norm: bool = True,
         ridge: float = 1e-4,
         channels: int = 1,
+        memory: Activations = "stored",
     ) -> None:
         super().__init__()
-        self.unet = UNet(channels, tuple(encoder), tuple(decoder), (), kernel_size, norm)
+        self.unet = UNet(channels, tuple(encoder), tuple(decoder), (), kernel_size, norm, memory=memory)
         self.head = nn.Conv3d(self.unet.channels_out, keypoints, kernel_size, padding=kernel_size // 2)
         nn.init.normal_(self.head.weight, std=1e-4)
         nn.init.constant_(self.head.bias, 0.1)  # type: ignore[arg-type]

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchreg.errors import InputError
+from patchreg.networks.activation import normalized_relu
+from patchreg.networks.checkpointing import check_policy, run_part
+from patchreg.networks.reversible import ReversibleConvBlock, ReversibleSequence
+from patchreg.networks.slabs import THICKNESS, Slabbed, in_slabs
+from patchreg.networks.upsampled_nearest import conv_upsampled_nearest
+from patchreg.types import Activations
 
 
 class ConvBlock(nn.Module):
@@ -23,8 +30,33 @@ class ConvBlock(nn.Module):
         self.activation = nn.LeakyReLU(slope)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.activation(self.norm(self.conv(x)))
-        return out
+        """(B, channels_in, I, J, K) to (B, channels_out, I, J, K), or half the size where the stride is 2."""
+        return self._activated(self.conv(x))
+
+    def join(self, x: Tensor, skip: Tensor) -> Tensor:
+        """The same of features of half the size, upsampled by nearest neighbours, beside features of full size.
+
+        Args:
+            x: (B, C, I, J, K).
+            skip: (B, channels_in - C, 2I, 2J, 2K).
+
+        Returns:
+            (B, channels_out, 2I, 2J, 2K).
+        """
+        if type(self.conv) is not nn.Conv3d:  # it has been replaced, by one that wants both in one tensor
+            return self(_joined(x, skip))
+        weight, width = self.conv.weight, x.shape[1]
+        out = conv_upsampled_nearest(x, weight[:, :width], self.conv.bias)
+        return self._activated(out.add_(F.conv3d(skip, weight[:, width:], padding=self.conv.padding)))
+
+    def _activated(self, x: Tensor) -> Tensor:
+        """In place, because a convolution does not need its own output for the backward pass."""
+        slope = self.activation.negative_slope
+        return F.leaky_relu_(x, slope) if isinstance(self.norm, nn.Identity) else normalized_relu(x, self.norm, slope)
+
+
+def _joined(x: Tensor, skip: Tensor) -> Tensor:
+    return torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], dim=1)
 
 
 class UNet(nn.Module):
@@ -39,9 +71,13 @@ class UNet(nn.Module):
         kernel_size: odd side of every kernel.
         norm: instance normalisation after every convolution.
         slope: of the leaky ReLU.
+        memory: what is kept for the backward pass: ``"stored"``, all; ``"checkpoint"``, what enters convolutions, and
+            in reversible stacks blocks, while without norm and stacks nothing of full resolution is kept, which is made
+            slab by slab; ``"reversible"``, of a reversible stack the output only.
+        reversible: blocks of a reversible stack after every level of the encoder and step of the decoder. 0: none.
 
     Raises:
-        InputError: widths or kernels that make no network.
+        InputError: widths or kernels that make no network, or a policy that it cannot follow.
     """
 
     def __init__(
@@ -53,16 +89,13 @@ class UNet(nn.Module):
         kernel_size: int = 3,
         norm: bool = False,
         slope: float = 0.2,
+        memory: Activations = "stored",
+        reversible: int = 0,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise InputError(f"kernel_size must be odd, got {kernel_size}")
-        if len(encoder) < 2 or not 1 <= len(decoder) <= len(encoder) - 1:
-            raise InputError(
-                f"a U-Net with {len(encoder)} encoder levels takes 1 to {len(encoder) - 1} decoder steps, got {len(decoder)}"
-            )
-        if min(*encoder, *decoder, *final) < 1:
-            raise InputError("every width must be positive")
+        _check_sizes(encoder, decoder, final, kernel_size, reversible)
+        check_policy(memory, reversible > 0, type(self).__name__)
+        self.memory = memory
         options = (norm, slope)
         widths = [channels_in, *encoder]
         self.down = nn.ModuleList(
@@ -78,24 +111,124 @@ class UNet(nn.Module):
         for out in final:
             self.final.append(ConvBlock(width, out, kernel_size, 1, *options))
             width = out
+        self.down_stacks, self.up_stacks = (
+            nn.ModuleList(
+                ReversibleSequence(
+                    [ReversibleConvBlock(width // 2, kernel_size, *options) for _ in range(reversible)], memory
+                )
+                for width in (side if reversible else ())
+            )
+            for side in (encoder, decoder)
+        )
         self.channels_out = width
         self.multiple = 2 ** (len(encoder) - 1)
         self.reduction = 2 ** (len(encoder) - 1 - len(decoder))
         if not norm:  # a third less time in half precision; instance norm loses more than that
             self.to(memory_format=torch.channels_last_3d)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, channels_in, I, J, K), sizes multiples of ``multiple``, to (B, channels_out, I/r, J/r, K/r)."""
-        skips = []
-        for block in self.down:
-            x = block(x)
+    def forward(self, x: Tensor, last: nn.Module | None = None) -> Tensor:
+        """From images to features, or to what one further convolution makes of them.
+
+        Args:
+            x: (B, channels_in, I, J, K), sizes multiples of ``multiple``.
+            last: a convolution that gives few channels, computed in full precision.
+
+        Returns:
+            (B, channels_out, I/r, J/r, K/r), or with the channels of ``last``.
+        """
+        slabbed = self._slabbed(x, last)
+        skips, levels = [], list(self.down)
+        if slabbed:
+            skips, levels = [x], levels[2:]
+            x = in_slabs(self._first_levels(), x)
+            skips.append(x)
+        for block in levels:
+            x = run_part(self.memory, block, x)
+            if self.down_stacks:
+                x = self.down_stacks[len(skips)](x)
             skips.append(x)
         skips.pop()
-        for block in self.up:
-            x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = block(torch.cat([x, skips.pop()], dim=1))
-        out: Tensor = self.final(x)
-        return out
+        for step, block in enumerate(self.up):
+            if slabbed and len(skips) == 1:
+                return in_slabs(self._full_resolution(last), x, skips.pop())
+            x = run_part(self.memory, partial(_join, block), x, skips.pop())
+            if self.up_stacks:
+                x = self.up_stacks[step](x)
+        for block in self.final:
+            x = run_part(self.memory, block, x)
+        if last is None:
+            return x
+        return run_part("stored" if x.dtype.itemsize >= 4 else self.memory, partial(_in_full_precision, last), x)
+
+    def _slabbed(self, x: Tensor, last: nn.Module | None) -> bool:
+        """Whether what works at full resolution runs slab by slab: without norm, which needs all of a volume."""
+        blocks = [*self.down[:2], self.up[-1], *self.final]
+        plain = all(type(block) is ConvBlock and type(block.conv) is nn.Conv3d for block in blocks)
+        plain = plain and all(isinstance(block.norm, nn.Identity) for block in blocks)
+        few = last is None or type(last) is nn.Conv3d
+        wanted = self.memory == "checkpoint" and not self.down_stacks and torch.is_grad_enabled()
+        return wanted and plain and few and x.shape[2] > THICKNESS
+
+    def _first_levels(self) -> Slabbed:
+        """The images to the second level: the first level's features are not kept."""
+        full, half = self.down[:2]
+
+        def run(images: Tensor) -> Tensor:
+            out: Tensor = half(full(images))
+            return out
+
+        return Slabbed(run, _parameters(full, half), [2], (_reach(full, half) + 1) // 2)
+
+    def _full_resolution(self, last: nn.Module | None) -> Slabbed:
+        """The second level's features and the images to the result; the first level's features are made again."""
+        first, join = self.down[0], self.up[-1]
+        used = [first, join, *self.final, *([last] if last is not None else [])]
+
+        def run(x: Tensor, images: Tensor) -> Tensor:
+            x = self.final(_join(join, x, first(images)))
+            return x if last is None else _in_full_precision(last, x)
+
+        reach = _reach(*used)
+        return Slabbed(run, _parameters(*used), [0.5, 1], reach + reach % 2)
+
+
+def _reach(*parts: nn.Module) -> int:
+    """Voxels to either side that the answer of convolutions in a row depends on."""
+    convs = [m for part in parts for m in part.modules() if isinstance(m, nn.Conv3d)]
+    return sum(conv.kernel_size[0] // 2 for conv in convs)
+
+
+def _parameters(*parts: nn.Module) -> list[Tensor]:
+    return [p for part in parts for p in part.parameters()]
+
+
+def _join(block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+    """A step of the decoder; a block that has been replaced wants both in one tensor."""
+    out: Tensor = block.join(x, skip) if isinstance(block, ConvBlock) else block(_joined(x, skip))
+    return out
+
+
+def _in_full_precision(conv: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = conv(x.to(torch.promote_types(x.dtype, torch.float32)))
+    return out
+
+
+def _check_sizes(
+    encoder: Sequence[int], decoder: Sequence[int], final: Sequence[int], kernel_size: int, reversible: int
+) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise InputError(f"kernel_size must be odd, got {kernel_size}")
+    if len(encoder) < 2 or not 1 <= len(decoder) <= len(encoder) - 1:
+        raise InputError(
+            f"a U-Net with {len(encoder)} encoder levels takes 1 to {len(encoder) - 1} decoder steps, got {len(decoder)}"
+        )
+    if min(*encoder, *decoder, *final) < 1:
+        raise InputError("every width must be positive")
+    if reversible < 0:
+        raise InputError(f"reversible is a number of blocks, got {reversible}")
+    if reversible and (odd := [width for width in (*encoder, *decoder) if width % 2]):
+        raise InputError(f"reversible blocks split channels into halves: make every width even, got {odd[0]}")
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[slice, slice, slice]]:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from patchreg import ops
 from patchreg.errors import InputError
+from patchreg.networks.checkpointing import check_policy, offloading
 from patchreg.networks.force import lncc_force
 from patchreg.networks.unet import UNet, pad_to_multiple
+from patchreg.types import Activations
 
 
 class VoxelMorph(nn.Module):
@@ -33,6 +35,12 @@ class VoxelMorph(nn.Module):
         force_window: 0: the network sees the two images, as in the paper. An odd number: it also sees where the gradient
             of their local correlation in such a window points (:func:`patchreg.networks.force.lncc_force`), a hint with
             which it learns in hundreds of steps what takes it thousands without.
+        memory: what is kept for the backward pass: ``"stored"``, all; ``"checkpoint"``, the same results for less memory
+            and more time: with norm or stacks what enters convolutions and blocks, without them nothing of full
+            resolution, which is made slab by slab; ``"reversible"``, of each reversible stack only the output.
+        offload: what is kept goes to host memory.
+        reversible: blocks of a reversible stack after every level of the encoder and step of the decoder, which are the
+            identity at the start (:mod:`patchreg.networks.reversible`). 0: the paper's network.
 
     References:
         Balakrishnan et al. 2019, arXiv:1809.05231, fig. 3; Dalca et al. 2018, arXiv:1805.04605, for the velocity.
@@ -48,15 +56,26 @@ class VoxelMorph(nn.Module):
         integration_steps: int = 0,
         channels: int = 1,
         force_window: int = 0,
+        memory: Activations = "stored",
+        offload: bool = False,
+        reversible: int = 0,
     ) -> None:
         super().__init__()
         if integration_steps < 0:
             raise InputError(f"integration_steps must not be negative, got {integration_steps}")
         if force_window < 0 or (force_window and force_window % 2 == 0):
             raise InputError(f"force_window must be 0 or odd, got {force_window}")
-        self.force_window = force_window
+        check_policy(memory, reversible > 0, type(self).__name__)
+        self.force_window, self.memory, self.offload = force_window, memory, offload
         self.unet = UNet(
-            2 * channels + (3 if force_window else 0), tuple(encoder), tuple(decoder), tuple(final), kernel_size, norm
+            2 * channels + (3 if force_window else 0),
+            tuple(encoder),
+            tuple(decoder),
+            tuple(final),
+            kernel_size,
+            norm,
+            memory=memory,
+            reversible=reversible,
         )
         self.flow = nn.Conv3d(self.unet.channels_out, 3, kernel_size, padding=kernel_size // 2)
         nn.init.normal_(self.flow.weight, std=1e-5)
@@ -69,9 +88,9 @@ class VoxelMorph(nn.Module):
         if self.force_window:
             seen.append(lncc_force(fixed, moving, self.force_window).to(fixed.dtype))
         x, cut = pad_to_multiple(torch.cat(seen, dim=1), self.unet.multiple)
-        features = self.unet(x)
+        with offloading(self.offload, x.device):
+            flow = self.unet(x, self.flow)
         with torch.autocast(x.device.type, enabled=False):
-            flow = F.conv3d(features.float(), self.flow.weight, self.flow.bias, padding=self.flow.padding)
             reduction = self.unet.reduction
             if self.integration_steps:
                 flow = ops.integrate(flow / reduction, self.integration_steps) * reduction
