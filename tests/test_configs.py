@@ -11,8 +11,8 @@ import yaml
 from conftest import REPOSITORY
 
 from patchreg.cli.lightning import RunCLI
-from patchreg.datasets import PairDataModule
-from patchreg.training import RegistrationModule
+from patchreg.datasets import PairDataModule, SuperResolutionDataModule
+from patchreg.training import RegistrationModule, SuperResolutionModule
 
 EXPERIMENTS = sorted((REPOSITORY / "configs" / "experiment").glob("*.yaml"))
 
@@ -20,12 +20,12 @@ EXPERIMENTS = sorted((REPOSITORY / "configs" / "experiment").glob("*.yaml"))
 def build(path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> RunCLI:
     monkeypatch.setattr(sys, "argv", ["patchreg"])
     monkeypatch.chdir(folder)
+    registers = SuperResolutionModule.__name__ not in path.read_text()
     return RunCLI(
         args=[
             "--config",
             str(path),
-            "--model.init_args.initial_model",
-            "null",
+            *(["--model.init_args.initial_model", "null"] if registers else []),
             "--trainer.logger",
             "false",
             "--trainer.accelerator",
@@ -41,8 +41,8 @@ def build(path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> RunCLI:
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: p.stem)
 def test_experiment_builds(path, monkeypatch, tmp_path):
     cli = build(path, monkeypatch, tmp_path)
-    assert isinstance(cli.model, RegistrationModule)
-    assert isinstance(cli.datamodule, PairDataModule)
+    data = {RegistrationModule: PairDataModule, SuperResolutionModule: SuperResolutionDataModule}
+    assert isinstance(cli.datamodule, data[type(cli.model)])
     assert cli.model.optimization.learning_rate > 0
 
 

@@ -17,12 +17,15 @@ INVENTORY = {
         "LNCC", "MSE", "BendingEnergy", "Diffusion", "LabelSet", "MutualInformation", "SoftDice", "centroid_distance_mm", "dice",
         "label_centroids", "target_error_mm",
     ],
-    "patchreg.networks": ["KeypointAffine", "UNet", "VoxelMorph"],
+    "patchreg.networks": [
+        "ESPCN", "Elongated", "KeypointAffine", "ReversibleBlock", "ReversibleConvBlock", "ReversibleSequence", "SwinSize", "TransMorph",
+        "TransMorphAffine", "UNet", "VoxelMorph", "elongate",
+    ],
     "patchreg.cascade": ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Result", "Stage", "StageOutput"],
     "patchreg.datasets": [
-        "BRAIN_LABELS", "ManifestDataModule", "Pair", "PairDataModule", "Synthesis", "SynthesisDataModule", "WorldAugmentation", "phantom",
+        "BRAIN_LABELS", "ManifestDataModule", "Pair", "PairDataModule", "SuperResolutionDataModule", "Synthesis", "SynthesisDataModule", "WorldAugmentation", "phantom",
     ],
-    "patchreg.training": ["Objective", "Optimization", "PeakMemory", "Pictures", "RegistrationModule", "SaveRun", "TransformWriter"],
+    "patchreg.training": ["Objective", "Optimization", "PeakMemory", "Pictures", "RegistrationModule", "SaveRun", "SuperResolutionModule", "TransformWriter"],
     "patchreg.inference": [
         "Refinement", "Registration", "apply_transform", "evaluate_files", "load_model", "model_cards", "register",
     ],

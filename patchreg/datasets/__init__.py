@@ -4,6 +4,7 @@ from patchreg.datasets.augmentation import WorldAugmentation
 from patchreg.datasets.modules import ManifestDataModule, PairDataModule, SynthesisDataModule
 from patchreg.datasets.pair import Pair
 from patchreg.datasets.phantom import BRAIN_LABELS, phantom
+from patchreg.datasets.super_resolution import SuperResolutionDataModule
 from patchreg.datasets.synthesis import Synthesis
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ManifestDataModule",
     "Pair",
     "PairDataModule",
+    "SuperResolutionDataModule",
     "Synthesis",
     "SynthesisDataModule",
     "WorldAugmentation",
