@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patchreg.errors import InputError
+from patchreg.fake import is_fake
 from patchreg.spatial import Foreground, Pyramid, Volume, foreground
 from patchreg.spatial.foreground import CONTENT_VOXELS, content_threshold, percentile
 
@@ -47,7 +48,7 @@ class Prepared:
     """One image of a pair: normalised copies at the resolutions that are asked for, its content, and its labels.
 
     A copy at full resolution is made only when a stage asks for one, so a cascade that ends at 2 mm never costs a
-    second 1 mm image.
+    second 1 mm image. Of a volume without numbers (:mod:`patchreg.fake`) everything is content.
 
     Args:
         volume: the image, as read.
@@ -61,9 +62,13 @@ class Prepared:
     ) -> None:
         self.volume = volume
         small = volume.thumbnail(CONTENT_VOXELS)
-        thresholds = [content_threshold(channel) for channel in small.data]
-        self.limits = [normalization.limits(c, t) for c, t in zip(small.data, thresholds, strict=True)]
-        self.content: Foreground = foreground(small, mask, threshold=thresholds[0])
+        if not is_fake(small.data):
+            thresholds = [content_threshold(channel) for channel in small.data]
+            self.limits = [normalization.limits(c, t) for c, t in zip(small.data, thresholds, strict=True)]
+            self.content: Foreground = foreground(small, mask, threshold=thresholds[0])
+        else:
+            self.limits = [(0.0, 1.0)] * len(small.data)
+            self.content = Foreground(volume.grid.center, *volume.grid.bounds())
         self.labels = Pyramid(labels, labels=True) if labels is not None else None
         self.mask = mask
         self._pyramid = _Normalized(volume, self.limits)
@@ -71,6 +76,10 @@ class Prepared:
     def at(self, spacing_mm: float) -> Volume:
         """The normalised image for patches of about this spacing; zero is its background."""
         return self._pyramid.at(spacing_mm)
+
+    def volumes(self) -> list[Volume]:
+        """Everything of volume size: the image, its labels, and the copies that were made so far."""
+        return [self.volume, *self._pyramid.levels(), *(self.labels.levels() if self.labels is not None else ())]
 
 
 class _Normalized(Pyramid):

@@ -30,9 +30,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _set_up_logging(logging.DEBUG if verbose else logging.INFO if training else logging.WARNING)
     if training:
         return _reporting(lambda: _lightning(given), verbose)
-    options = _parser().parse_args(given)
+    options = _parse(given)
     command: Callable[[argparse.Namespace], None] = options.command
     return _reporting(lambda: command(options), verbose)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options of a command; ``more`` are those that a command passes on to Lightning."""
+    parser = _parser()
+    options, more = parser.parse_known_args(arguments)
+    if more and not hasattr(options, "more"):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.more = more
+    return options
 
 
 def _lightning(arguments: list[str]) -> None:
@@ -74,6 +84,7 @@ def _set_up_logging(level: int) -> None:
 def _parser() -> argparse.ArgumentParser:
     from patchreg import __version__
     from patchreg.cli import commands
+    from patchreg.cli.memory import add_memory
 
     parser = argparse.ArgumentParser(
         prog="patchreg",
@@ -86,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         found.add_parser(name, help=text, add_help=False)
     for add in (
         commands.add_register, commands.add_apply, commands.add_evaluate, commands.add_models, commands.add_kernels,
-        commands.add_demo,
+        add_memory, commands.add_demo,
     ):  # fmt: skip
         add(found)
     return parser

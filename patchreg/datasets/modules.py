@@ -8,19 +8,21 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import torch
 import torchio as tio
 from torch.utils.data import DataLoader, Dataset
 
 from patchreg.datasets.augmentation import WorldAugmentation
+from patchreg.datasets.example import Example
 from patchreg.datasets.files import FilePairs
 from patchreg.datasets.manifest import SPLITS, Entry, read_manifest
 from patchreg.datasets.pair import Pair, collate
-from patchreg.datasets.phantom import phantom
+from patchreg.datasets.phantom import phantom, phantom_grid
 from patchreg.datasets.synthesis import Synthesis
 from patchreg.datasets.synthetic import SyntheticPairs
 from patchreg.errors import InputError
-from patchreg.io import read_image
-from patchreg.spatial import Volume
+from patchreg.io import read_grid, read_image
+from patchreg.spatial import Grid, Volume
 
 
 class PairDataModule(L.LightningDataModule):
@@ -38,6 +40,10 @@ class PairDataModule(L.LightningDataModule):
     def dataset(self, split: str) -> Dataset[Pair]:
         """The pairs of ``"train"``, ``"val"`` or ``"test"``."""
         raise NotImplementedError
+
+    def example(self) -> Example:
+        """What a training pair is like, found without reading or making a voxel."""
+        return Example(f"{type(self).__name__} does not say")
 
     def train_dataloader(self) -> DataLoader[Pair]:
         return self._loader("train", shuffle=True)
@@ -122,6 +128,21 @@ class ManifestDataModule(PairDataModule):
         step = max(1, len(pairs) // self.validation_pairs)
         return FilePairs(pairs[::step][: self.validation_pairs], None)
 
+    def example(self) -> Example:
+        """The header of the atlas, or of the first training image."""
+        try:
+            entry = self.atlas
+            if entry is None:
+                found = read_manifest(self.manifest, "train")
+                entry = next(iter(found.images), None) or next((fixed for fixed, _ in found.pairs), None)
+            if entry is None or entry.image is None:
+                return Example(f"{self.manifest}: has no training images")
+            grid = read_grid(entry.image)[0]
+        except InputError as error:
+            return Example(str(error))
+        changed = "" if self.transform is None else ", before data.transform"
+        return Example(f"{entry.image}{changed}", grid, None if entry.labels is None else torch.int32)
+
 
 class SynthesisDataModule(PairDataModule):
     """Pairs of images synthesised from label maps, so that training needs no images at all.
@@ -178,6 +199,26 @@ class SynthesisDataModule(PairDataModule):
             (self.pairs_per_epoch, None) if split == "train" else (self.validation_pairs, SPLITS.index(split) * 10_000)
         )
         return SyntheticPairs(sources, count, self.synthesis, self.augmentation, seed, self.thin)
+
+    def example(self) -> Example:
+        """The header of the first label map; of phantoms their grid. The images are smaller, cut to the content."""
+        stored = torch.int16
+        if self.manifest is None:
+            return Example("phantoms", _thinned(phantom_grid(self.phantom_spacing_mm), self.thin), stored)
+        try:
+            entries = read_manifest(self.manifest, "train").images
+            maps = [entry.labels for entry in entries if entry.labels is not None]
+            if not maps:
+                return Example(f"{self.manifest}: has no training label maps", None, stored)
+            grid = read_grid(maps[0])[0]
+        except InputError as error:
+            return Example(str(error), None, stored)
+        thinned = "" if self.thin == 1 else f", thinned by {self.thin}"
+        return Example(f"{maps[0]}{thinned}", _thinned(grid, self.thin), stored)
+
+
+def _thinned(grid: Grid, step: int) -> Grid:
+    return grid if step == 1 else grid.with_spacing([s * step for s in grid.spacing])
 
 
 def _read_labels(path: Path) -> Volume:

@@ -56,6 +56,18 @@ class _Space:
         return (1 - distance) * sum(radii) / 3
 
 
+def phantom_grid(spacing_mm: float) -> Grid:
+    """The lattice of a phantom.
+
+    Raises:
+        InputError: a spacing at which nothing could be seen.
+    """
+    if not 0.25 <= spacing_mm <= 8:
+        raise InputError(f"spacing_mm must be from 0.25 to 8, got {spacing_mm}")
+    shape = [round(extent / spacing_mm) for extent in (192, 224, 208)]
+    return Grid.aligned((0.0, 0.0, -4.0), shape, spacing_mm)
+
+
 def phantom(seed: int, spacing_mm: float = 2.0) -> Volume:
     """The label map of a head.
 
@@ -69,10 +81,7 @@ def phantom(seed: int, spacing_mm: float = 2.0) -> Volume:
     Raises:
         InputError: a spacing at which nothing could be seen.
     """
-    if not 0.25 <= spacing_mm <= 8:
-        raise InputError(f"spacing_mm must be from 0.25 to 8, got {spacing_mm}")
-    shape = [round(extent / spacing_mm) for extent in (192, 224, 208)]
-    grid = Grid.aligned((0.0, 0.0, -4.0), shape, spacing_mm)
+    grid = phantom_grid(spacing_mm)
     generator = torch.Generator().manual_seed(seed)
     space = _space(grid, generator)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchreg.errors import InputError
+from patchreg.fake import is_fake
 from patchreg.ops.warp.reference import coordinates
 from patchreg.spatial import MappedGrid, Volume
 
@@ -87,11 +88,9 @@ def overlap_sums(
         here = labels.index(fixed_points.sample(fixed_labels, mode="nearest")[0, 0]).flatten()
     where = _coordinates(points, moving_labels)[0].flatten(1)
     axes = [_neighbours(where[d], n) for d, n in enumerate(moving_labels.grid.shape)]
-    start = [min(int(voxel.min()) for voxel, _ in axis) for axis in axes]
-    stop = [max(int(voxel.max()) for voxel, _ in axis) + 1 for axis in axes]
-    i, j, k = (slice(a, b) for a, b in zip(start, stop, strict=True))
+    i, j, k = reached = _reach(axes, points, moving_labels)
     seen = labels.index(moving_labels.data[0, i, j, k])  # what the patch reaches: memory depends on the patch alone
-    axes = [[(voxel - a, weight) for voxel, weight in axis] for axis, a in zip(axes, start, strict=True)]
+    axes = [[(voxel - part.start, weight) for voxel, weight in axis] for axis, part in zip(axes, reached, strict=True)]
     there, (_, columns, slices) = seen.flatten(), seen.shape
     sizes = torch.bincount(here, minlength=count).to(where.device, where.dtype)
     both = torch.zeros_like(sizes)
@@ -121,6 +120,18 @@ def _neighbours(position: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
         inside = (voxel >= 0) & (voxel <= size - 1)
         found.append((voxel.clamp(0, size - 1).long(), weight * inside))
     return found
+
+
+def _reach(axes: list[list[tuple[Tensor, Tensor]]], points: MappedGrid, labels: Volume) -> list[slice]:
+    """Which part of a label map the neighbours of the points lie in."""
+    if not is_fake(axes[0][0][0]):
+        return [slice(min(int(v.min()) for v, _ in axis), max(int(v.max()) for v, _ in axis) + 1) for axis in axes]
+    affine, _ = points.index_map(labels.grid)  # no numbers: as if nothing were displaced
+    ends = list(itertools.product(*((0.0, n - 1.0) for n in points.grid.shape)))
+    at = (torch.tensor(ends, dtype=affine.dtype) @ affine[:, :3].T + affine[:, 3]).detach()
+    size = torch.tensor(labels.grid.shape, dtype=affine.dtype) - 1
+    low, high = (torch.minimum(x.clamp(min=0), size) for x in (at.amin(0).floor(), at.amax(0).floor() + 1))
+    return [slice(int(a), int(b) + 1) for a, b in zip(low, high, strict=True)]
 
 
 def dice(fixed_labels: Tensor, moved_labels: Tensor, labels: Sequence[int]) -> Tensor:

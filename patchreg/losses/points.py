@@ -8,12 +8,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from patchreg.fake import is_fake
 from patchreg.losses.overlap import LabelSet
 from patchreg.spatial import Transform, Volume
 
 
 def label_centroids(volume: Volume, labels: LabelSet) -> Tensor:
-    """World positions of the centres of labels, (L, 3) mm, float64; NaN for a label that is absent."""
+    """World positions of the centres of labels, (L, 3) mm, float64; NaN for a label that is absent.
+
+    In a map without numbers (:mod:`patchreg.fake`) all lie in the middle.
+    """
+    if is_fake(volume.data):
+        return volume.grid.center.expand(len(labels), 3)
     index = labels.index(volume.data[0].cpu())
     where = (index < len(labels)).nonzero()
     which = index[where[:, 0], where[:, 1], where[:, 2]]

@@ -27,3 +27,7 @@ class Pyramid:
         if factors not in self._levels:
             self._levels[factors] = self.volume.thinned(factors) if self.labels else self.volume.pooled(factors)
         return self._levels[factors]
+
+    def levels(self) -> list[Volume]:
+        """The copies that were made so far."""
+        return list(self._levels.values())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from timm.scheduler import CosineLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchreg.cascade import PatchCascade, PreparedPair, Result
 from patchreg.cascade.storage import load_matching, model_folder
@@ -41,6 +41,41 @@ class Optimization:
     warmup_steps: int = 100
     final_fraction: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
+
+    def optimizer(self, module: nn.Module, fused: bool = False) -> torch.optim.AdamW:
+        """Of the parameters of a module that are trained.
+
+        Args:
+            module: whose parameters.
+            fused: one kernel that needs no memory of its own; not for a gradient scaler together with clipping.
+        """
+        trained = [p for p in module.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            trained, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None
+        )
+
+    def schedule(self, module: L.LightningModule) -> dict[str, Any]:
+        """The optimizer of a module and its learning rate at every step, as Lightning takes them.
+
+        Raises:
+            InputError: the module's trainer has no last step.
+        """
+        optimizer = self.optimizer(module)
+        estimated = module.trainer.estimated_stepping_batches
+        if not 1 <= estimated < math.inf:
+            raise InputError("training has no end: set trainer.max_steps or trainer.max_epochs, the schedule needs it")
+        steps = int(estimated)
+        warmup = min(self.warmup_steps, steps // 2)
+        scheduler = CosineLRScheduler(
+            optimizer,
+            t_initial=max(1, steps - warmup),
+            lr_min=self.learning_rate * self.final_fraction,
+            warmup_t=warmup,
+            warmup_lr_init=self.learning_rate / 100,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class RegistrationModule(L.LightningModule):
@@ -113,8 +148,11 @@ class RegistrationModule(L.LightningModule):
             terms.update(found)
         return sum_of_stages(parts), terms
 
+    def _scaler(self) -> Any:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
+
     def _loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scaler = self._scaler()
         return 1.0 if scaler is None else float(scaler.get_scale())
 
     def training_step(self, batch: Sequence[Pair], batch_idx: int) -> Tensor:
@@ -158,28 +196,13 @@ class RegistrationModule(L.LightningModule):
         return found
 
     def configure_optimizers(self) -> Any:
-        settings = self.optimization
-        optimizer = torch.optim.AdamW(
-            [p for p in self.parameters() if p.requires_grad],
-            settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-        )
-        estimated = self.trainer.estimated_stepping_batches
-        if not 1 <= estimated < math.inf:
-            raise InputError("training has no end: set trainer.max_steps or trainer.max_epochs, the schedule needs it")
-        steps = int(estimated)
-        warmup = min(settings.warmup_steps, steps // 2)
-        scheduler = CosineLRScheduler(
-            optimizer,
-            t_initial=max(1, steps - warmup),
-            lr_min=settings.learning_rate * settings.final_fraction,
-            warmup_t=warmup,
-            warmup_lr_init=settings.learning_rate / 100,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.optimization.schedule(self)
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()  # Lightning would keep the gradients through the next step's forward pass
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The schedule is a function of the step and of the settings: a resumed run follows the settings it is given."""

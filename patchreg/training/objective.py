@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from patchreg.cascade import StageOutput
 from patchreg.errors import InputError
+from patchreg.fake import is_fake
 from patchreg.losses import LabelSet, SoftDice, centroid_distance_mm
 from patchreg.spatial import MappedGrid, Volume
 
@@ -77,7 +78,7 @@ class Objective:
         found: list[tuple[str, float, Tensor]] = []
         if self.similarity is not None:
             with torch.autocast(output.fixed.device.type, enabled=False):
-                mask = output.inside if self.masked and bool(output.inside.any()) else None
+                mask = output.inside if self.masked and (is_fake(output.inside) or bool(output.inside.any())) else None
                 value = self.similarity(output.fixed.float(), output.moved.float(), mask)
             found.append(("similarity", self.similarity_weight, value))
         if output.update_mm is not None and self.regularity is not None:

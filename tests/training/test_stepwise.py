@@ -18,7 +18,7 @@ from patchreg.training.stepwise import with_gradients
 
 def deep_cascade(stages: int) -> PatchCascade:
     torch.manual_seed(0)
-    sizes = {"encoder": (8, 8), "decoder": (8,), "final": (8,)}
+    sizes = {"encoder": (16, 16), "decoder": (16,), "final": (16,)}
     return PatchCascade([Stage(VoxelMorph(**sizes), patch_shape=24, spacing=3.0) for _ in range(stages)])
 
 
