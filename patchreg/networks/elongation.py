@@ -75,7 +75,8 @@ def elongate(
 ) -> nn.Module:
     """Put a stack of reversible blocks before each of some layers of a network, in place.
 
-    The stacks are the identity at the start: the longer network gives exactly what the network gave. With
+    The stacks are the identity at the start: the longer network gives exactly what the network gave (up to rounding
+    before a step of a :class:`patchreg.networks.UNet`'s decoder, which then makes a tensor that it did without). With
     ``memory: reversible`` a stack keeps its output for the backward pass, however many blocks it has.
 
     Args:

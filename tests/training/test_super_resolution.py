@@ -6,6 +6,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+import wandb
 from torch import nn
 
 from patchreg.cli.main import main
@@ -70,6 +71,7 @@ def test_command_line(tmp_path, monkeypatch):
     )
     config = str(REPOSITORY / "configs" / "experiment" / "espcn.yaml")
     assert main(["fit", "--config", config, *arguments.split()]) == 0
+    wandb.finish()
     (folder,) = (tmp_path / "runs" / "espcn").iterdir()
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
