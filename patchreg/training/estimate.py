@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 
-from patchreg.cascade import PreparedPair, Stage
+from patchreg.cascade import PreparedPair, Stage, cover
 from patchreg.datasets import Pair, WorldAugmentation
 from patchreg.errors import InputError
 from patchreg.fake import Fakes
@@ -117,7 +116,7 @@ def inference_peak(module: RegistrationModule, setting: Setting) -> tuple[Peak, 
     images everything counts as content.
 
     Args:
-        module: its weights are lost, and its cascade is good for nothing else afterwards.
+        module: its weights are lost.
         setting: of which the grid and the device count.
 
     Raises:
@@ -126,10 +125,11 @@ def inference_peak(module: RegistrationModule, setting: Setting) -> tuple[Peak, 
     fakes, log = Fakes(), MemoryLog(workspace, kind="fields")
     _without_numbers(module, fakes)
     for stage in _stages(module):
-        _watch(stage, fakes, log)
-    with _account(module, setting, fakes, log), torch.no_grad():
+        _watch(stage, log)
+    batch = module.patch_batch
+    with _account(module, setting, fakes, log), torch.no_grad(), _few_patches(2 * batch):
         fixed, moving = (module.cascade.prepare(_image(setting.grid, fakes)) for _ in range(2))
-        found = module.cascade.register(fixed, moving, batch=module.patch_batch)
+        found = module.cascade.register(fixed, moving, batch=batch, passes=1)
         _label_images(PreparedPair(fixed, moving), log)
         del found
     away = {"images", "fields"}
@@ -229,9 +229,8 @@ def _label_images(pair: PreparedPair, log: MemoryLog) -> None:
     log.label("images", *(volume.data for image in (pair.fixed, pair.moving) for volume in image.volumes()))
 
 
-def _watch(stage: Stage, fakes: Fakes, log: MemoryLog) -> None:
-    """Prepare a stage for covering an image: what happens in its network counts as activations."""
-    stage.overlap, stage.passes = 0.0, 1  # fewer patches, one at a time in memory as ever
+def _watch(stage: Stage, log: MemoryLog) -> None:
+    """What happens in a stage's network counts as activations."""
 
     def enter(_: nn.Module, inputs: Sequence[Tensor]) -> None:
         log.label("activations", *inputs)
@@ -242,22 +241,15 @@ def _watch(stage: Stage, fakes: Fakes, log: MemoryLog) -> None:
 
     stage.network.register_forward_pre_hook(enter)
     stage.network.register_forward_hook(leave)
-    if stage.predicts != "affine":
-        stage.network = _Twice(stage.network, fakes)
 
 
-class _Twice(nn.Module):
-    """A network that runs twice for every shape of its input, the second time beside the first answer; then it answers
-    at once."""
-
-    def __init__(self, network: nn.Module, fakes: Fakes) -> None:
-        super().__init__()
-        self.network, self._fakes = network, fakes
-        self._runs: Counter[torch.Size] = Counter()
-
-    def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
-        self._runs[fixed.shape] += 1
-        if self._runs[fixed.shape] > 2:
-            return self._fakes.empty((fixed.shape[0], 3, *fixed.shape[2:]))
-        answer: Tensor = self.network(fixed, moving)
-        return answer
+@contextmanager
+def _few_patches(count: int) -> Iterator[None]:
+    """Within the block an image is covered by its first patches alone: the others take the same memory again."""
+    place: Any = cover
+    original = place.tile
+    place.tile = lambda *arguments: original(*arguments)[:count]
+    try:
+        yield
+    finally:
+        place.tile = original

@@ -60,7 +60,8 @@ class Optimization:
         Raises:
             InputError: the module's trainer has no last step.
         """
-        optimizer = self.optimizer(module)
+        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = self.optimizer(module, fused=module.device.type == "cuda" and not scaled)
         estimated = module.trainer.estimated_stepping_batches
         if not 1 <= estimated < math.inf:
             raise InputError("training has no end: set trainer.max_steps or trainer.max_epochs, the schedule needs it")

@@ -99,8 +99,16 @@ def test_proposals_are_places_in_the_configuration_that_fit(config, capsys, tmp_
 
 
 def test_validation_that_does_not_fit_is_told(config, capsys):
-    path = config()
-    arguments = ("--config", path, "--image-shape", "320", "320", "320", "--image-spacing", "0.6")
+    fine = {**STAGE, "init_args": {**STAGE["init_args"], "spacing": 0.6}}
+    cascade = {"class_path": "patchreg.cascade.PatchCascade", "init_args": {"stages": [fine]}}
+    objective = {"similarity": {"class_path": "patchreg.losses.LNCC"}, "regularity": None}
+    path = config(
+        model={
+            "class_path": "patchreg.training.RegistrationModule",
+            "init_args": {"cascade": cascade, "objective": objective},
+        }
+    )
+    arguments = ("--config", path, "--image-shape", "160", "160", "160", "--image-spacing", "0.6")
     found = run(capsys, *arguments)
     assert found["validation"]["total"] >= found["inference"]["total"]
     between = (found["training"]["needed"] + found["validation"]["needed"]) / 2 / 2**30

@@ -31,11 +31,11 @@ class Histogram:
     def count(self, fixed: Tensor, moving: Tensor, weight: Tensor | None, ends: Tensor) -> Tensor:
         """Some voxels' joint histogram, (bins, bins): images (N,), weights (N,), lowest and highest intensities (4,)."""
         I, J = (
-            reference._bin_coordinate(x, self.bins, (low, high))  # type: ignore[arg-type]
+            reference.bin_coordinate(x, self.bins, (low, high))  # type: ignore[arg-type]
             for x, low, high in ((fixed, ends[0], ends[1]), (moving, ends[2], ends[3]))
         )
         with torch.autocast(fixed.device.type, enabled=False):
-            return reference._histogram(I, J, weight, self.bins, self.window)
+            return reference.histogram(I, J, weight, self.bins, self.window)
 
 
 def information(
@@ -113,7 +113,7 @@ def _ends(fixed: Tensor, moving: Tensor, histogram: Histogram, group: dist.Proce
 
 def _value(counts: Tensor, normalized: bool) -> Tensor:
     total = counts.sum()
-    return reference._information(counts / torch.where(total == 0, 1, total), normalized)
+    return reference.information(counts / torch.where(total == 0, 1, total), normalized)
 
 
 def _slices(

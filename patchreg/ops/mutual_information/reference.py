@@ -27,13 +27,13 @@ def mutual_information(
     for b in range(fixed.shape[0]):
         weight = None if mask is None else mask[b, 0].to(dtype).flatten()
         for c in range(fixed.shape[1]):
-            I = _bin_coordinate(fixed[b, c].to(dtype).flatten(), bins, fixed_range)
-            J = _bin_coordinate(moving[b, c].to(dtype).flatten(), bins, moving_range)
-            values.append(_information(_joint_histogram(I, J, weight, bins, window), normalized))
+            I = bin_coordinate(fixed[b, c].to(dtype).flatten(), bins, fixed_range)
+            J = bin_coordinate(moving[b, c].to(dtype).flatten(), bins, moving_range)
+            values.append(information(_joint_histogram(I, J, weight, bins, window), normalized))
     return torch.stack(values).mean()
 
 
-def _bin_coordinate(x: Tensor, bins: int, limits: Range) -> Tensor:
+def bin_coordinate(x: Tensor, bins: int, limits: Range) -> Tensor:
     """Intensity to a position among bins 0..bins-1, one bin from either end so that every window fits."""
     low, high = limits if limits is not None else torch.aminmax(x.detach())
     span = high - low
@@ -52,13 +52,13 @@ def _joint_histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, win
             part = slice(start, start + SLICE)
             w = None if weight is None else weight[part]
             total = total + checkpoint(
-                _histogram, I[part], J[part], w, bins, window, use_reentrant=False, preserve_rng_state=False
+                histogram, I[part], J[part], w, bins, window, use_reentrant=False, preserve_rng_state=False
             )
     count = total.sum()
     return total / torch.where(count == 0, 1, count)  # nothing selected: no counts, no information
 
 
-def _histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, window: str) -> Tensor:
+def histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, window: str) -> Tensor:
     left = _parzen(I, bins, window)
     if weight is not None:
         left = left * weight[:, None]
@@ -75,7 +75,7 @@ def _parzen(position: Tensor, bins: int, window: str) -> Tensor:
     return torch.where(distance < 1, near, far)
 
 
-def _information(joint: Tensor, normalized: bool) -> Tensor:
+def information(joint: Tensor, normalized: bool) -> Tensor:
     def entropy(p: Tensor) -> Tensor:
         return -torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny)).sum()
 
