@@ -187,10 +187,9 @@ def _near_identity(answer: Tensor) -> Tensor:
 
 def _stepped(module: RegistrationModule, setting: Setting, log: MemoryLog) -> torch.optim.Optimizer:
     """The optimiser after a step."""
-    fused = setting.gpu and setting.precision != torch.float16
-    optimizer = module.optimization.optimizer(module, fused)
+    optimizer = module.optimization.optimizer(module)
     for group in optimizer.param_groups:
-        group["foreach"] = setting.gpu and not fused  # as torch chooses by itself
+        group["foreach"] = setting.gpu  # as torch chooses by itself
         for parameter in group["params"]:
             parameter.grad = torch.empty_like(parameter)
             log.label("gradients", parameter.grad)

@@ -42,17 +42,10 @@ class Optimization:
     final_fraction: float = 0.01
     betas: tuple[float, float] = (0.9, 0.99)
 
-    def optimizer(self, module: nn.Module, fused: bool = False) -> torch.optim.AdamW:
-        """Of the parameters of a module that are trained.
-
-        Args:
-            module: whose parameters.
-            fused: one kernel that needs no memory of its own; not for a gradient scaler together with clipping.
-        """
+    def optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+        """Of the parameters of a module that are trained. Not fused: Lightning clips no gradients of such a one."""
         trained = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            trained, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None
-        )
+        return torch.optim.AdamW(trained, self.learning_rate, betas=self.betas, weight_decay=self.weight_decay)
 
     def schedule(self, module: L.LightningModule) -> dict[str, Any]:
         """The optimizer of a module and its learning rate at every step, as Lightning takes them.
@@ -60,8 +53,7 @@ class Optimization:
         Raises:
             InputError: the module's trainer has no last step.
         """
-        scaled = getattr(module.trainer.precision_plugin, "scaler", None) is not None
-        optimizer = self.optimizer(module, fused=module.device.type == "cuda" and not scaled)
+        optimizer = self.optimizer(module)
         estimated = module.trainer.estimated_stepping_batches
         if not 1 <= estimated < math.inf:
             raise InputError("training has no end: set trainer.max_steps or trainer.max_epochs, the schedule needs it")

@@ -232,7 +232,7 @@ def test_on_a_gpu(precision):
     estimate = training_peak(build("cascade")[0], setting).total
     module = module.cuda()
     pairs = [made_pair(setting, seed).to("cuda") for seed in range(setting.batch_size)]
-    optimizer = module.optimization.optimizer(module, fused=True)
+    optimizer = module.optimization.optimizer(module)
     for _ in range(2):
         torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", precision or BF16, enabled=precision is not None, cache_enabled=False):

@@ -59,6 +59,7 @@ def _joint_histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, win
 
 
 def histogram(I: Tensor, J: Tensor, weight: Tensor | None, bins: int, window: str) -> Tensor:
+    """Joint counts (bins, bins) of positions I and J (voxels,) among the bins, by weight (voxels,) where there is one."""
     left = _parzen(I, bins, window)
     if weight is not None:
         left = left * weight[:, None]
@@ -76,6 +77,8 @@ def _parzen(position: Tensor, bins: int, window: str) -> Tensor:
 
 
 def information(joint: Tensor, normalized: bool) -> Tensor:
+    """``H(I) + H(J) - H(I, J)`` in nats of joint probabilities (bins, bins), or ``(H(I) + H(J)) / H(I, J)``."""
+
     def entropy(p: Tensor) -> Tensor:
         return -torch.special.xlogy(p, p.clamp(min=torch.finfo(p.dtype).tiny)).sum()
 
