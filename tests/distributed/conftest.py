@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))  # the processes find rank_pool and comparison there, too
 
 import pytest
-from rank_pool import RankPool
+from ranks.rank_pool import RankPool
 
 
 @pytest.fixture(scope="session")

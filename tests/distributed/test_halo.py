@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from comparison import CASES, limit, random, slab, slab_error, split
+from ranks.comparison import CASES, limit, random, slab, slab_error, split
 
 from patchreg.distributed import Partition, exchange_halo, halo_widths, share, start_halo
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from comparison import CASES, error, limit, random, slab, slab_error, smooth, split
+from ranks.comparison import CASES, error, limit, random, slab, slab_error, smooth, split
 
 from patchreg import distributed, losses, ops
 from patchreg.distributed import Partition, windowed

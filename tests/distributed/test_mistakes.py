@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from rank_pool import RankError, RankPool
-from stray import nothing, stray
+from ranks.rank_pool import RankError, RankPool
+from ranks.stray import nothing, stray
 
 from patchreg import distributed
 from patchreg.distributed import Partition

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from comparison import CASES, random, slab, slab_error, split
+from ranks.comparison import CASES, random, slab, slab_error, split
 from torch.distributed.device_mesh import DeviceMesh
 
 from patchreg.distributed import Partition, add_up, gather, repartition, scatter, share

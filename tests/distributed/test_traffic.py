@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from comparison import CASES, random, slab, split
+from ranks.comparison import CASES, random, slab, split
 
 from patchreg import distributed
 from patchreg.distributed import Partition, Traffic, counting, halo_widths, traffic

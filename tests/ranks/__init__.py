@@ -1,0 +1,1 @@
+"""Processes that tests run functions in, and what they compare."""
