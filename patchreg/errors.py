@@ -35,3 +35,7 @@ class BackendUnavailable(PatchregError, RuntimeError):
 
 class NoGradient(PatchregError, RuntimeError):
     """A gradient was asked for where none exists."""
+
+
+class UnsupportedSharding(PatchregError, RuntimeError):
+    """A layer that cannot run on slabs of a volume."""

@@ -98,11 +98,7 @@ def run_chain(
     links = [_Link(pair, None, pair.initial) for pair in pairs]
     for index, stage in enumerate(stages):
         links = [
-            _Link(
-                link.pair,
-                stage.draw(link.pair.fixed.content, link.pair.fixed.volume.grid, link.grid, generator),
-                link.transform,
-            )
+            _Link(link.pair, _place(stage, link, generator), link.transform)
             for link in links
             for _ in range(stage.patches)
         ]
@@ -118,12 +114,22 @@ def run_chain(
             del output  # or its activations would live on while the next stage runs
 
 
+def _place(stage: Stage, link: _Link, generator: torch.Generator | None) -> Grid:
+    """A patch for a link of the chain. Where the image is shared out, so are the patches of deformable stages."""
+    grid = link.pair.fixed.volume.grid
+    parent = None if link.grid is None else link.grid.whole
+    patch = stage.draw(link.pair.fixed.content, grid, parent, generator)
+    return patch.whole if stage.predicts == "affine" else patch if patch.is_part else grid.share(patch)
+
+
 def _run(index: int, stage: Stage, links: Sequence[_Link]) -> StageOutput:
     pairs, grids = [link.pair for link in links], [link.grid for link in links if link.grid is not None]
     fixed_points = [pair.fixed_warp.on(grid) for pair, grid in zip(pairs, grids, strict=True)]
     fixed = _patches(fixed_points, [pair.fixed for pair in pairs])
     before = [link.transform.on(grid) for link, grid in zip(links, grids, strict=True)]
     answer = stage.predict(fixed, _patches(before, [pair.moving for pair in pairs]), grids)
+    if not grids[0].is_part:
+        answer = pairs[0].fixed.volume.grid.of_all(answer)
     transforms: list[Transform] = []
     for link, grid, a in zip(links, grids, answer, strict=True):
         step = Affine(a) if stage.predicts == "affine" else DisplacementField(grid, a[None])

@@ -61,6 +61,10 @@ def cover_all(
     for number, stage in enumerate(stages, start=1):
         name = f"stage {number} of {len(stages)}: {stage.predicts}"
         lattice = stage.lattice(pair.fixed.content, pair.fixed.volume.grid)
+        if stage.predicts == "affine":
+            lattice = lattice.whole
+        elif not lattice.is_part:
+            lattice = pair.fixed.volume.grid.share(lattice)
         for _ in range(stage.repeats):
             if stage.predicts == "affine":
                 chain = Composite([_affine(stage, pair, chain, lattice, device), chain])
@@ -92,17 +96,22 @@ def _cover(
     name: str,
     progress: Progress | None,
 ) -> tuple[Blend, bool]:
-    patch: Shape3 = lattice.shape if stage.spacing == "image" else stage.patch_shape
-    starts = list(_starts(stage, lattice, patch, generator, passes or stage.passes))
+    whole = lattice.whole
+    patch: Shape3 = whole.shape if stage.spacing == "image" else stage.patch_shape
+    starts = list(_starts(stage, whole, patch, generator, passes or stage.passes))
     weight = window(patch)
     blend = Blend.empty(lattice, pair.fixed.volume.device)
     for done in range(0, len(starts), batch):
         some = starts[done : done + batch]
-        grids = [lattice.crop(start, patch) for start in some]
+        share = pair.fixed.volume.grid.share
+        grids = [lattice if patch == whole.shape else share(whole.crop(start, patch)) for start in some]
         fixed, moving = _patches(pair, chain, grids, device)
         answer = stage.predict(fixed, moving, grids)
-        for start, displacement in zip(some, answer, strict=True):
-            blend.add(start, displacement[None], weight)
+        for start, displacement, grid in zip(some, answer, grids, strict=True):
+            if grid is lattice:
+                blend.add((0, 0, 0), displacement[None], window(lattice.shape) if lattice.is_part else weight)
+            else:
+                blend.add(lattice.local(start), grid.gathered(displacement)[None], weight)
         if progress:
             progress(name, min(done + batch, len(starts)), len(starts))
     return blend, len(starts) > 1

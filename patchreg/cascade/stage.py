@@ -8,7 +8,6 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from patchreg import ops
 from patchreg.errors import InputError
 from patchreg.spatial import Foreground, Grid
 from patchreg.spatial.foreground import box_grid
@@ -84,6 +83,7 @@ class Stage(nn.Module):
         """The lattice that the stage's answers lie on, at least as large as a patch."""
         if self.spacing == "image":
             return fixed
+        fixed = fixed.whole
         if self.spacing == "whole":
             size = content.high_mm - content.low_mm + 2 * self.margin_mm
             spacing = float((size / torch.tensor(self.patch_shape)).max())
@@ -131,7 +131,8 @@ class Stage(nn.Module):
         Raises:
             InputError: the network answered with another shape.
         """
-        answer = self.network(fixed, moving)
+        with grids[0].scope():
+            answer = self.network(fixed, moving)
         wanted = (len(grids), 3, 4) if self.predicts == "affine" else (len(grids), 3, *fixed.shape[2:])
         if tuple(answer.shape) != wanted:
             name = type(self.network).__name__
@@ -140,7 +141,7 @@ class Stage(nn.Module):
             return torch.stack([_to_world(a, grid) for a, grid in zip(answer, grids, strict=True)])
         answer = answer.float()
         if self.predicts == "velocity":
-            answer = ops.integrate(answer)
+            answer = grids[0].integrate(answer)
         return torch.cat([apply_linear(g.linear, a[None]) for a, g in zip(answer, grids, strict=True)])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from patchreg import ops
-from patchreg.distributed.partition import Span
+from patchreg.distributed.partition import Partition, Span
 from patchreg.distributed.reach import read_planes
 from patchreg.ops.dispatch import is_native
 from patchreg.ops.warp import native
@@ -144,3 +144,21 @@ def wanted_planes(motion: Motion, sampling: Sampling, total: int) -> Span:
         motion.displacement, whole, motion.scale, sampling.shape, sampling.dim, total, sampling.padding
     )
     return (low - low % 2 if sampling.mode == "nearest" else low), high
+
+
+def along(
+    dim: int, image: Tensor, partition: Partition, affine: Tensor, scale: Tensor
+) -> tuple[Tensor, Partition, Tensor, Tensor]:
+    """An image split along one dimension as one that is split along ``dim``, and the maps to its voxels to match.
+
+    Args:
+        dim: 2, 3 or 4.
+        image: this rank's slab, (B, C, I, J, K); what is returned is a copy.
+        partition: of the image.
+        affine: ``[A | t]``, (3, 4), to its voxels.
+        scale: ``S``, (3, 3), likewise.
+    """
+    order = [0, 1, 2]
+    order[partition.dim - 2], order[dim - 2] = order[dim - 2], order[partition.dim - 2]
+    moved = image.transpose(partition.dim, dim).contiguous()
+    return moved, Partition(partition.sizes, dim), affine[order], scale[order]

@@ -24,9 +24,10 @@ def label_centroids(volume: Volume, labels: LabelSet) -> Tensor:
     where = (index < len(labels)).nonzero()
     which = index[where[:, 0], where[:, 1], where[:, 2]]
     sums = torch.zeros(len(labels), 3, dtype=torch.float64).index_add_(0, which, where.double())
-    counts = torch.bincount(which, minlength=len(labels)).double()
-    centers = volume.grid.to_world(sums / counts.clamp(min=1)[:, None])
-    return torch.where(counts[:, None] > 0, centers, torch.nan)
+    counts = torch.bincount(which, minlength=len(labels)).double()[:, None]
+    sums = volume.grid.to_world(sums / counts.clamp(min=1)) * counts
+    sums, counts = volume.grid.add_up(torch.cat([sums, counts], dim=1)).split([3, 1], dim=1)
+    return torch.where(counts > 0, sums / counts.clamp(min=1), torch.nan)
 
 
 def centroid_distance_mm(

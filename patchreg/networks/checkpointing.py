@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from patchreg.errors import InputError
+from patchreg.networks.surroundings import surrounded, surroundings
 from patchreg.types import Activations
 
 Result = TypeVar("Result")
@@ -43,7 +45,7 @@ def check_policy(memory: str, reversible: bool, name: str) -> None:
 def run_part(memory: Activations, part: Callable[..., Result], *inputs: Tensor) -> Result:
     """Run a part of a network; unless everything is stored, only its inputs are kept, and it runs again in backward.
 
-    Random numbers are drawn again as they were, and autocast is as it was. Values and gradients are those of the plain
+    Random numbers are drawn again as they were, autocast and the surroundings are as they were. Values and gradients are those of the plain
     call.
 
     Args:
@@ -56,8 +58,15 @@ def run_part(memory: Activations, part: Callable[..., Result], *inputs: Tensor) 
     """
     if memory == "stored" or not torch.is_grad_enabled():
         return part(*inputs)
+    if surroundings() is not None:
+        part = partial(_surrounded, surroundings(), part)
     result: Result = checkpoint(part, *inputs, use_reentrant=False)
     return result
+
+
+def _surrounded(by: object, part: Callable[..., Result], *inputs: Tensor) -> Result:
+    with surrounded(by):
+        return part(*inputs)
 
 
 def offloading(offload: bool, device: torch.device) -> AbstractContextManager[object]:

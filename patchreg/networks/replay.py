@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from patchreg.errors import NoGradient
+from patchreg.networks.surroundings import surrounded, surroundings
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of numbers in a reversible sequence.
+    """Types of numbers in a part of a network, such as a reversible sequence, and what surrounded it.
 
     Attributes:
         device_type: of the tensors.
@@ -23,6 +24,7 @@ class Precision:
         stream: of the two streams: at least float32, or rounding would grow from block to block.
         inner: of what the layers are given.
         output: of the sequence.
+        around: see :mod:`patchreg.networks.surroundings`.
     """
 
     device_type: str
@@ -30,6 +32,7 @@ class Precision:
     stream: torch.dtype
     inner: torch.dtype
     output: torch.dtype
+    around: object | None = field(default_factory=surroundings)
 
     @classmethod
     def now(cls, x: Tensor) -> Precision:
@@ -41,10 +44,17 @@ class Precision:
         return cls(device_type, None, stream, x.dtype, x.dtype)
 
     def again(self) -> AbstractContextManager[object]:
-        """Autocast as it was. A weight cast without a gradient must not be found again where it needs one."""
-        if not torch.amp.is_autocast_available(self.device_type):
-            return nullcontext()
-        return torch.autocast(self.device_type, self.autocast, self.autocast is not None, cache_enabled=False)
+        """Autocast and surroundings as they were. A weight cast without a gradient must not be found again where it needs
+        one."""
+        autocast: AbstractContextManager[object] = nullcontext()
+        if torch.amp.is_autocast_available(self.device_type):
+            autocast = torch.autocast(self.device_type, self.autocast, self.autocast is not None, cache_enabled=False)
+        if self.around is None:
+            return autocast
+        both = ExitStack()
+        both.enter_context(autocast)
+        both.enter_context(surrounded(self.around))
+        return both
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def foreground(
 
 def box_grid(content: Foreground, within: Grid, margin_mm: float, spacing: float | tuple[float, float, float]) -> Grid:
     """A world-aligned lattice of ``spacing`` over a box with a margin, cut to the box of the grid ``within``."""
-    low, high = within.bounds()
+    low, high = within.whole.bounds()
     low = torch.maximum(content.low_mm - margin_mm, low)
     high = torch.minimum(content.high_mm + margin_mm, high)
     step = torch.as_tensor(spacing, dtype=torch.float64).expand(3)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from patchreg.errors import GeometryError
+from patchreg.spatial.held import Held
 from patchreg.types import Shape3, Spacing3
 
 
 @dataclass(frozen=True, eq=False)
-class Grid:
+class Grid(Held):
     """An immutable lattice of voxel centres in the world.
 
     Args:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from patchreg import ops
 from patchreg.errors import GridMismatch
 from patchreg.spatial.grid import Grid
+from patchreg.spatial.held import index_map
 from patchreg.spatial.linear import apply_linear
 from patchreg.spatial.volume import Volume
 from patchreg.types import Interpolation, Padding
@@ -47,36 +47,22 @@ class MappedGrid:
 
     def index_map(self, target: Grid) -> tuple[Tensor, Tensor]:
         """``[A | t]`` (3, 4) from voxels of this grid, and ``S`` (3, 3) from mm, to voxels of ``target``."""
-        inverse = torch.linalg.inv(target.affine)
-        return (inverse @ self.matrix @ self.grid.affine)[:3], inverse[:3, :3]
+        return index_map(self.grid, self.matrix, target)
 
     def sample(self, volume: Volume, mode: Interpolation = "linear", padding: Padding = "zeros") -> Tensor:
         """The volume's values at the mapped points: (1, C, I, J, K), on the volume's device, interpolated once."""
-        affine, scale = self.index_map(volume.grid)
-        d = self.displacement_mm
-        if d is not None:
-            d = d.to(volume.device)
-        return ops.warp(
-            volume.batch,
-            d,
-            affine.to(volume.device),
-            scale.to(volume.device),
-            shape=None if d is not None else self.grid.shape,
-            mode=mode,
-            padding=padding,
-        )
+        return volume.grid.read(volume.batch, self.grid, self.matrix, self.displacement_mm, mode, padding)
 
     def inside(self, grid: Grid, device: torch.device | str = "cpu") -> Tensor:
         """Which mapped points lie within half a voxel of ``grid``, (1, 1, I, J, K) bool: the rest sample padding."""
-        ones = Volume(torch.ones((1, 1, 1, 1), device=device), _one_voxel(grid))
+        ones = Volume(torch.ones((1, 1, 1, 1), device=device), _one_voxel(grid.whole))
         return self.sample(ones, mode="nearest") > 0
 
     def strided(self, step: int, start: tuple[int, int, int]) -> MappedGrid:
         """Every ``step``-th point along each dimension, from the voxel ``start``."""
-        i, j, k = (slice(s, None, step) for s in start)
+        (i, j, k), grid = self.grid.strided(step, start)
         d = None if self.displacement_mm is None else self.displacement_mm[:, :, i, j, k]
-        shape = [len(range(s, n, step)) for s, n in zip(start, self.grid.shape, strict=True)]
-        return MappedGrid(self.grid.subsampled((step,) * 3, start, shape), self.matrix, d)
+        return MappedGrid(grid, self.matrix, d)
 
     def then_affine(self, matrix: Tensor) -> MappedGrid:
         """The points after a further affine map, (4, 4) world to world."""

@@ -82,7 +82,15 @@ class Blend:
         )
 
     def add(self, start: Shape3, displacement_mm: Tensor, weight: Tensor) -> None:
-        """Blend in a patch (1, 3, i, j, k) whose first voxel is ``start``, with its weight (1, 1, i, j, k)."""
+        """Blend in a patch (1, 3, i, j, k) whose first voxel is ``start``, with its weight (1, 1, i, j, k).
+
+        Of a patch that reaches over the lattice, which may be a part of a larger one, what lies on it counts.
+        """
+        for dim, (low, length) in enumerate(zip(start, self.grid.shape, strict=True), start=2):
+            size = displacement_mm.shape[dim]
+            first, end = min(max(0, -low), size), min(size, length - low)
+            displacement_mm, weight = (x.narrow(dim, first, max(0, end - first)) for x in (displacement_mm, weight))
+        start = tuple(max(0, s) for s in start)  # type: ignore[assignment]
         i, j, k = (slice(s, s + n) for s, n in zip(start, displacement_mm.shape[2:], strict=True))
         displacement_mm, weight = displacement_mm.to(self.sum_mm), weight.to(self.weight)
         self.sum_mm[:, :, i, j, k] += weight * displacement_mm

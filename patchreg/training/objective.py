@@ -76,13 +76,15 @@ class Objective:
 
     def _terms(self, output: StageOutput) -> list[tuple[str, float, Tensor]]:
         found: list[tuple[str, float, Tensor]] = []
+        here = output.grids[0]
         if self.similarity is not None:
             with torch.autocast(output.fixed.device.type, enabled=False):
-                mask = output.inside if self.masked and (is_fake(output.inside) or bool(output.inside.any())) else None
-                value = self.similarity(output.fixed.float(), output.moved.float(), mask)
+                mask = output.inside if self.masked and _selects(output) else None
+                value = here.measure(self.similarity, output.fixed.float(), output.moved.float(), mask)
             found.append(("similarity", self.similarity_weight, value))
         if output.update_mm is not None and self.regularity is not None:
-            rough = [self.regularity(u[None], g.spacing) for u, g in zip(output.update_mm, output.grids, strict=True)]
+            each = zip(output.update_mm, output.grids, strict=True)
+            rough = [g.measure(self.regularity, u[None], g.spacing) for u, g in each]
             weight = self.regularity_weight
             factor = weight if isinstance(weight, (int, float)) else _pick(weight, output.index, "regularity_weight")
             found.append(("regularity", factor, torch.stack(rough).mean()))
@@ -90,7 +92,7 @@ class Objective:
         if labels is not None and output.update_mm is not None and self.overlap_weight:
             fixed, moving = _labelled(output, self.overlap_stride)
             if fixed:
-                found.append(("overlap", self.overlap_weight, SoftDice(labels)(fixed, moving)))
+                found.append(("overlap", self.overlap_weight, here.measure(SoftDice(labels), fixed, moving)))
         if labels is not None and output.update_mm is None and self.centroid_weight:
             distances = [
                 centroid_distance_mm(f.at(4.0), m.at(4.0), pair.fixed_warp, transform, labels)
@@ -112,6 +114,11 @@ def sum_of_stages(parts: Sequence[Tensor | None]) -> Tensor:
     if not found:
         raise InputError("no term of the objective applies to these pairs: do they have labels?")
     return torch.stack(found).sum()
+
+
+def _selects(output: StageOutput) -> bool:
+    """Whether the moving image was there to be sampled anywhere."""
+    return is_fake(output.inside) or bool(output.grids[0].add_up(output.inside.sum()) > 0)
 
 
 Points = list[tuple[MappedGrid, Volume]]

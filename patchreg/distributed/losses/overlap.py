@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,13 +57,44 @@ def soft_dice(
     References:
         Hoffmann et al. 2022 (SynthMorph), arXiv:2004.10282, eq. (3).
     """
+    return dice_of(
+        [label_sums(fixed_labels, moving_labels, labels, partition, displacement, affine, output, group)], smooth
+    )
+
+
+def dice_of(sums: Sequence[tuple[Tensor, Tensor]], smooth: float) -> Tensor:
+    """``1 - mean Dice`` over the labels in sight, from the sums of one or more patches; a scalar."""
+    both, sizes = (torch.stack(each).sum(dim=0) for each in zip(*sums, strict=True))
+    present = sizes > 0
+    dice = (2 * both + smooth) / (sizes + smooth)
+    return (1 - (dice * present).sum() / present.sum().clamp(min=1)).float()
+
+
+def label_sums(
+    fixed_labels: Tensor,
+    moving_labels: Tensor,
+    labels: LabelSet,
+    partition: Partition | None,
+    displacement: Tensor | None = None,
+    affine: Tensor | None = None,
+    output: Partition | None = None,
+    group: Group = None,
+) -> tuple[Tensor, Tensor]:
+    """For each label the shared voxels, and the voxels in both maps added up: (L,) and (L,), float64, common.
+
+    As :func:`soft_dice`, but ``partition`` may be None, and the moving labels whole on all ranks.
+    """
     ranks = comm.process_group(group)
     rank = comm.rank_in(ranks)
     output = partition if output is None else output
     with agreement("soft_dice", ranks) as facts:
-        check_ranks(partition, ranks)
-        check_same_dim("the moving labels", partition, "the fixed labels", output)
-        partition.check("moving_labels", moving_labels, rank)
+        if output is None:
+            raise InputError("either map must be split")
+        check_ranks(output, ranks)
+        if partition is not None:
+            check_ranks(partition, ranks)
+            check_same_dim("the moving labels", partition, "the fixed labels", output)
+            partition.check("moving_labels", moving_labels, rank)
         output.check("fixed_labels", fixed_labels, rank)
         if fixed_labels.shape[:2] != moving_labels.shape[:2] or fixed_labels.shape[1] != 1:
             raise InputError(
@@ -74,33 +107,33 @@ def soft_dice(
                 raise InputError(f"displacement must have shape {wanted}, got {tuple(displacement.shape)}")
         if affine is not None and affine.shape != (3, 4):
             raise InputError(f"affine must have shape (3, 4), got {tuple(affine.shape)}")
-        facts.same(moving_partition=partition, fixed_partition=output, labels=labels.labels, smooth=smooth)
-        facts.tensor("moving_labels", moving_labels, partition.dim)
-        facts.tensor("fixed_labels", fixed_labels, partition.dim)
-        facts.tensor("displacement", displacement, partition.dim)
+        facts.same(moving_partition=partition, fixed_partition=output, labels=labels.labels)
+        facts.tensor("moving_labels", moving_labels, None if partition is None else partition.dim)
+        facts.tensor("fixed_labels", fixed_labels, output.dim)
+        facts.tensor("displacement", displacement, output.dim)
         facts.tensor("affine", affine)
         whole = torch.eye(3, 4, dtype=torch.float64) if affine is None else affine.to("cpu", torch.float64)
         motion = Motion(displacement, whole[None].detach().to(moving_labels.device), None)
         i, j, k = fixed_labels.shape[2:]
-        origin = origin_of(output.starts[rank], partition.dim)
-        sampling = Sampling(partition.dim, origin, (i, j, k), "linear", "zeros", "auto")
-        facts.own = wanted_planes(motion, sampling, partition.total)
-    plan = Plan(partition, tuple(facts.gathered))
-    seen = fetch(moving_labels, plan, ranks).wait()
+        if partition is not None:
+            origin = origin_of(output.starts[rank], output.dim)
+            sampling = Sampling(output.dim, origin, (i, j, k), "linear", "zeros", "auto")
+            facts.own = wanted_planes(motion, sampling, partition.total)
+    seen, first = moving_labels, 0
+    if partition is not None:
+        plan = Plan(partition, tuple(facts.gathered))
+        seen, first = fetch(moving_labels, plan, ranks).wait(), plan.wants[rank][0]
     matrix = torch.cat([share(whole, ranks), torch.tensor([[0.0, 0, 0, 1]], dtype=torch.float64)])
-    starts = output.starts[rank], plan.wants[rank][0]
+    starts = output.starts[rank], first
     both, sizes = torch.zeros(2, len(labels), dtype=torch.float64, device=fixed_labels.device)
     for b in range(fixed_labels.shape[0] if fixed_labels.numel() else 0):
         u = None if displacement is None else displacement[b : b + 1]
-        shared, each = _sums(fixed_labels[b], seen[b], labels, u, matrix, partition.dim, starts)
+        shared, each = _sums(fixed_labels[b], seen[b], labels, u, matrix, output.dim, starts)
         both, sizes = both + shared, sizes + each
     if displacement is not None and displacement.numel() == 0:
         both = both + displacement.sum()  # nothing, but whatever made it takes part in the backward pass on all ranks
     both, sizes = add_up(torch.stack([both, sizes]), ranks)
-    present = sizes > 0
-    dice = (2 * both + smooth) / (sizes + smooth)
-    value = 1 - (dice * present).sum() / present.sum().clamp(min=1)
-    return (value + 0 * matrix.sum().to(value.device)).float()  # all ranks add up the gradient of the affine map
+    return both + 0 * matrix.sum().to(both.device), sizes  # all ranks add up the gradient of the affine map
 
 
 def _sums(
