@@ -68,7 +68,7 @@ class MappedGrid:
         """The points after a further affine map, (4, 4) world to world."""
         d = self.displacement_mm
         if d is not None:
-            d = apply_linear(matrix[:3, :3], d)
+            d = apply_linear(self.grid.for_part(matrix)[:3, :3], d)
         return replace(self, matrix=matrix @ self.matrix, displacement_mm=d)
 
     def then_field(self, grid: Grid, displacement_mm: Tensor, padding: Padding) -> MappedGrid:
@@ -81,7 +81,9 @@ class MappedGrid:
 
     def total_displacement_mm(self, device: torch.device | str = "cpu") -> Tensor:
         """``y(x) - x`` of every voxel, (1, 3, I, J, K) float32, affine part included, world mm."""
-        offset = (self.matrix - torch.eye(4, dtype=torch.float64)) @ self.grid.affine  # voxel -> displacement in mm
+        offset = (
+            self.grid.for_part(self.matrix) - torch.eye(4, dtype=torch.float64)
+        ) @ self.grid.affine  # voxel -> displacement in mm
         i, j, k = (torch.arange(n, dtype=torch.float32, device=device) for n in self.grid.shape)
         column = offset[:3, :, None, None, None].to(device, torch.float32)
         total = column[:, 0] * i[:, None, None] + column[:, 1] * j[:, None] + column[:, 2] * k + column[:, 3]
