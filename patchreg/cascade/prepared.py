@@ -68,7 +68,8 @@ class Prepared:
             self.content: Foreground = foreground(small, mask, threshold=thresholds[0])
         else:
             self.limits = [(0.0, 1.0)] * len(small.data)
-            self.content = Foreground(volume.grid.center, *volume.grid.bounds())
+            whole = volume.grid.whole
+            self.content = Foreground(whole.center, *whole.bounds())
         self.labels = Pyramid(labels, labels=True) if labels is not None else None
         self.mask = mask
         self._pyramid = _Normalized(volume, self.limits)

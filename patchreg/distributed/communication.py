@@ -55,6 +55,22 @@ class Traffic:
         return cls(collective=size * (ranks - 1))
 
 
+class Pretended(dist.ProcessGroup):
+    """A group of which one rank alone exists: nothing is sent, and everything is counted.
+
+    With tensors without numbers (:mod:`patchreg.fake`) it tells what a rank of any number would hold and send.
+
+    Args:
+        rank: this one's number.
+        ranks: how many there would be.
+        reach: planes beyond its own that a rank is taken to sample, because displacements are not known.
+    """
+
+    def __init__(self, rank: int, ranks: int, reach: int = 4) -> None:
+        super().__init__(rank, ranks)
+        self.reach = reach
+
+
 _counters: list[Traffic] = []
 
 
@@ -82,6 +98,8 @@ def process_group(group: Group) -> dist.ProcessGroup:
     Raises:
         InputError: there is none, a mesh has several axes, or this process is not in it.
     """
+    if isinstance(group, Pretended):
+        return group
     if not (dist.is_available() and dist.is_initialized()):
         raise InputError(
             "the processes are not connected: start them with torchrun and call torch.distributed.init_process_group"
@@ -98,17 +116,17 @@ def process_group(group: Group) -> dist.ProcessGroup:
 
 def rank_in(group: dist.ProcessGroup) -> int:
     """This process's number in the group."""
-    return dist.get_rank(group)
+    return int(group.rank()) if isinstance(group, Pretended) else dist.get_rank(group)
 
 
 def size_of(group: dist.ProcessGroup) -> int:
     """How many ranks there are."""
-    return dist.get_world_size(group)
+    return int(group.size()) if isinstance(group, Pretended) else dist.get_world_size(group)
 
 
 def control_device(group: dist.ProcessGroup) -> torch.device:
     """Where small messages of the host should live: on the CPU where the group can, so that no GPU has to wait."""
-    if "cpu:" in dist.get_backend_config(group):
+    if isinstance(group, Pretended) or "cpu:" in dist.get_backend_config(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -121,7 +139,12 @@ def wake(device: torch.device, group: dist.ProcessGroup) -> None:
 
     All ranks must call this before messages.
     """
-    if device.type == "cpu" or size_of(group) == 1 or device in _awake.setdefault(group, set()):
+    if (
+        device.type == "cpu"
+        or size_of(group) == 1
+        or isinstance(group, Pretended)
+        or device in _awake.setdefault(group, set())
+    ):
         return
     dist.all_reduce(torch.zeros(1, device=device), group=group)
     _awake[group].add(device)
@@ -132,9 +155,11 @@ def start_messages(sends: Sequence[Message], receives: Sequence[Message], group:
 
     Messages between two ranks arrive in the order in which both name them.
     """
+    _count(Traffic(sum(tensor.nbytes for tensor, _ in sends), len(sends)))
+    if isinstance(group, Pretended):
+        return []
     operations = [dist.P2POp(dist.irecv, tensor, group=group, group_peer=peer) for tensor, peer in receives]
     operations += [dist.P2POp(dist.isend, tensor, group=group, group_peer=peer) for tensor, peer in sends]
-    _count(Traffic(sum(tensor.nbytes for tensor, _ in sends), len(sends)))
     return dist.batch_isend_irecv(operations) if operations else []
 
 
@@ -149,6 +174,8 @@ def reduce_all(tensor: Tensor, how: Literal["sum", "max"], group: dist.ProcessGr
     ranks = size_of(group)
     if ranks > 1 and tensor.numel():
         _count(Traffic.reducing(tensor.nbytes, ranks))
+        if isinstance(group, Pretended):
+            return tensor
         dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group=group)
     return tensor
 
@@ -159,6 +186,8 @@ def gather_all(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
     if ranks == 1:
         return [tensor]
     _count(Traffic.gathering(tensor.nbytes, ranks))
+    if isinstance(group, Pretended):
+        return [tensor.clone() for _ in range(ranks)]
     found = [torch.empty_like(tensor) for _ in range(ranks)]
     dist.all_gather(found, tensor, group=group)
     return found

@@ -18,7 +18,7 @@ from patchreg.distributed.exchange import Plan, fetch, give_back
 from patchreg.distributed.partition import Partition, check_same_dim
 from patchreg.distributed.reach import positions
 from patchreg.distributed.ring import Ring
-from patchreg.distributed.sampling import Motion, Sampling, origin_of, wanted_planes
+from patchreg.distributed.sampling import Motion, Sampling, everybodys_planes, origin_of, wanted_planes
 from patchreg.distributed.shards import check_ranks
 from patchreg.errors import InputError
 from patchreg.types import Backend, Interpolation, Padding, Shape3
@@ -101,8 +101,8 @@ def warp(
         motion = _motion(image, displacement, affine, scale)
         origin = origin_of(output.starts[rank], partition.dim)
         sampling = Sampling(partition.dim, origin, out_shape, mode, padding, backend)
-        facts.own = wanted_planes(motion, sampling, partition.total)
-    plan = Plan(partition, tuple(facts.gathered))
+        facts.own = wanted_planes(motion, sampling, partition.total, ranks)
+    plan = Plan(partition, everybodys_planes(facts.gathered, partition, output, ranks))
     ring = Ring(partition, pairs=mode == "nearest") if takes_ring(plan, method) else None
     job = _Job(plan, ring, sampling, ranks, (batch, image.shape[1], *out_shape))
     out: Tensor = _Warp.apply(image, displacement, motion.affine, motion.scale, job)

@@ -7,11 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from patchreg import ops
-from patchreg.distributed.partition import Partition, Span
+from patchreg.distributed import communication as comm
+from patchreg.distributed.partition import Partition, Span, clip
 from patchreg.distributed.reach import read_planes
+from patchreg.fake import is_fake
 from patchreg.ops.dispatch import is_native
 from patchreg.ops.warp import native
 from patchreg.types import Backend, Interpolation, Padding, Shape3
@@ -134,16 +137,36 @@ def origin_of(start: int, dim: int) -> Shape3:
     return i, j, k
 
 
-def wanted_planes(motion: Motion, sampling: Sampling, total: int) -> Span:
+def wanted_planes(motion: Motion, sampling: Sampling, total: int, group: dist.ProcessGroup) -> Span:
     """The planes of an image of ``total`` planes that the slab is sampled from.
 
     From an even one for ``"nearest"``, which rounds halves to even planes.
     """
     whole = sampling.affine(motion.affine.detach(), 0)
+    unknown = motion.displacement is not None and is_fake(motion.displacement)
     low, high = read_planes(
-        motion.displacement, whole, motion.scale, sampling.shape, sampling.dim, total, sampling.padding
+        None if unknown else motion.displacement,
+        whole,
+        motion.scale,
+        sampling.shape,
+        sampling.dim,
+        total,
+        sampling.padding,
     )
+    if unknown and isinstance(group, comm.Pretended):
+        low, high = clip((low - group.reach, high + group.reach), total)
     return (low - low % 2 if sampling.mode == "nearest" else low), high
+
+
+def everybodys_planes(
+    gathered: Sequence[Span], partition: Partition, output: Partition, group: dist.ProcessGroup
+) -> tuple[Span, ...]:
+    """The planes that every rank wants, as the ranks have told each other; in a pretended group, as this one would."""
+    if not isinstance(group, comm.Pretended):
+        return tuple(gathered)
+    low, high = gathered[comm.rank_in(group)]
+    start, stop = output.bounds(comm.rank_in(group))
+    return tuple(clip((a + low - start, b + high - stop), partition.total) for a, b in output.spans)
 
 
 def along(

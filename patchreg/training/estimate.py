@@ -18,6 +18,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from patchreg.cascade import PreparedPair, Stage, cover
 from patchreg.datasets import Pair, WorldAugmentation
+from patchreg.distributed.communication import Pretended
+from patchreg.distributed.convert import convert_sharded
+from patchreg.distributed.slab import Slab
 from patchreg.errors import InputError
 from patchreg.fake import Fakes
 from patchreg.memory import MemoryLog
@@ -42,6 +45,8 @@ class Setting:
         labels: what label maps are stored in; None: there are none.
         augmentation: of the pairs; None: none.
         gpu: whether a GPU is accounted for, not a CPU.
+        ranks: that share each pair (:class:`patchreg.distributed.GridParallelStrategy`); the peak is that of one which has
+            neighbours on both sides, where any has.
     """
 
     grid: Grid
@@ -50,6 +55,11 @@ class Setting:
     labels: torch.dtype | None = None
     augmentation: WorldAugmentation | None = None
     gpu: bool = True
+    ranks: int = 1
+
+    def shared(self) -> Grid:
+        """The images' grid, or one rank's part of it."""
+        return Slab.of(self.grid, Pretended(min(1, self.ranks - 1), self.ranks)) if self.ranks > 1 else self.grid
 
 
 @dataclass(frozen=True)
@@ -90,11 +100,16 @@ def training_peak(module: RegistrationModule, setting: Setting) -> Peak:
     """
     fakes, log = Fakes(), MemoryLog(workspace)
     _without_numbers(module, fakes)
+    if setting.ranks > 1:
+        for stage in _stages(module):
+            convert_sharded(stage.network)
     warp = _drawn(setting)
     module.train()
     with _account(module, setting, fakes, log):
         optimizer = _stepped(module, setting, log)
         pairs = [_pair(setting, warp, fakes, log) for _ in range(setting.batch_size)]
+        if setting.ranks > 1:
+            _look_ahead(module, pairs, setting)
         log.start()
         with _autocast(setting.precision):
             prepared = [module.prepare(pair) for pair in pairs]
@@ -162,6 +177,12 @@ def _account(module: nn.Module, setting: Setting, fakes: Fakes, log: MemoryLog) 
         ) from error
 
 
+def _look_ahead(module: RegistrationModule, pairs: Sequence[Pair], setting: Setting) -> None:
+    """Let networks see what they will run on, which they remember: not a part of a step."""
+    with _autocast(setting.precision):
+        module.loss([module.prepare(pair) for pair in pairs])
+
+
 def _autocast(precision: torch.dtype | None) -> torch.autocast:
     return torch.autocast("cpu", precision or torch.bfloat16, enabled=precision is not None, cache_enabled=False)
 
@@ -205,8 +226,9 @@ def _image(grid: Grid, fakes: Fakes, dtype: torch.dtype = torch.float32) -> Volu
 
 
 def _pair(setting: Setting, warp: Transform, fakes: Fakes, log: MemoryLog) -> Pair:
-    fixed, moving = (_image(setting.grid, fakes) for _ in range(2))
-    labels = [None if setting.labels is None else _image(setting.grid, fakes, setting.labels) for _ in range(2)]
+    grid = setting.shared()
+    fixed, moving = (_image(grid, fakes) for _ in range(2))
+    labels = [None if setting.labels is None else _image(grid, fakes, setting.labels) for _ in range(2)]
     log.label("images", *(volume.data for volume in (fixed, moving, *labels) if volume is not None))
     warps = [warp, warp]
     if isinstance(warp, DisplacementField):

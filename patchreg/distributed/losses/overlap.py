@@ -12,7 +12,7 @@ from patchreg.distributed.agreement import agreement
 from patchreg.distributed.communication import Group
 from patchreg.distributed.exchange import Plan, fetch
 from patchreg.distributed.partition import Partition, check_same_dim
-from patchreg.distributed.sampling import Motion, Sampling, origin_of, wanted_planes
+from patchreg.distributed.sampling import Motion, Sampling, everybodys_planes, origin_of, wanted_planes
 from patchreg.distributed.shards import add_up, check_ranks, share
 from patchreg.errors import InputError
 from patchreg.losses import LabelSet
@@ -118,10 +118,10 @@ def label_sums(
         if partition is not None:
             origin = origin_of(output.starts[rank], output.dim)
             sampling = Sampling(output.dim, origin, (i, j, k), "linear", "zeros", "auto")
-            facts.own = wanted_planes(motion, sampling, partition.total)
+            facts.own = wanted_planes(motion, sampling, partition.total, ranks)
     seen, first = moving_labels, 0
     if partition is not None:
-        plan = Plan(partition, tuple(facts.gathered))
+        plan = Plan(partition, everybodys_planes(facts.gathered, partition, output, ranks))
         seen, first = fetch(moving_labels, plan, ranks).wait(), plan.wants[rank][0]
     matrix = torch.cat([share(whole, ranks), torch.tensor([[0.0, 0, 0, 1]], dtype=torch.float64)])
     starts = output.starts[rank], first
