@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel as nib
 import nibabel.spatialimages
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 
 from patchreg.errors import InputError
-from patchreg.io import itk, nifti
+from patchreg.io import itk, nifti, omezarr
+from patchreg.io.voxels import Kind, converted
 from patchreg.spatial import Grid, Volume
 
 log = logging.getLogger(__name__)
-
-Kind = Literal["image", "labels", "mask"]
 
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 
@@ -44,7 +43,8 @@ def read_image(source: Any, kind: Kind = "image") -> Image:
     """Read and check an image.
 
     Args:
-        source: a path (NIfTI, MGH, NRRD or MetaImage), a nibabel image, a torchio image, or an :class:`Image`.
+        source: a path (NIfTI, MGH, NRRD, MetaImage, or the folder of an OME-Zarr image), a nibabel image, a torchio
+            image, or an :class:`Image`.
         kind: what the voxels are: intensities, labels (whole numbers), or a mask (zero or not).
 
     Raises:
@@ -81,11 +81,16 @@ def _opened(source: Any) -> tuple[Any, str]:
         try:
             if not path.exists():
                 raise InputError(f"{path}: no such file")
-            if path.is_dir():
+            if path.is_dir() and not omezarr.is_store(path):
                 raise InputError(f"{path}: is a folder; give one image file")
         except PermissionError as error:
             raise InputError(f"{path}: cannot be read (permission denied)") from error
-        loaded = itk.read_as_nibabel(path) if path.name.lower().endswith(ITK_SUFFIXES) else nifti.load(path)
+        if path.is_dir():
+            loaded = omezarr.read_as_nibabel(path)
+        elif path.name.lower().endswith(ITK_SUFFIXES):
+            loaded = itk.read_as_nibabel(path)
+        else:
+            loaded = nifti.load(path)
         name = str(path)
     elif isinstance(source, nib.spatialimages.SpatialImage):
         loaded, name = source, source.get_filename() or "the nibabel image"
@@ -101,22 +106,12 @@ def _opened(source: Any) -> tuple[Any, str]:
 
 
 def _checked(data: np.ndarray, kind: Kind, name: str) -> torch.Tensor:
-    bad = int(data.size - np.isfinite(data).sum())
-    if bad:
-        raise InputError(f"{name}: {bad} of {data.size} voxels are NaN or infinite; replace them, for example by 0")
-    low, high = float(data.min()), float(data.max())
-    if kind == "mask":
-        if high <= 0 and low >= 0:
-            raise InputError(f"{name}: the mask is empty: no voxel is selected")
-        return torch.from_numpy((data != 0).astype(np.uint8))[None]
-    if kind == "labels":
-        whole = np.rint(data)
-        if not np.array_equal(whole, data) or max(abs(low), abs(high)) >= 2**31:
-            raise InputError(f"{name}: a label map needs whole numbers, but it has others; is it an intensity image?")
-        return torch.from_numpy(whole.astype(np.int32))[None]
-    if low == high:
-        raise InputError(f"{name}: every voxel is {low:g}; a constant image has nothing to register")
-    return torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))[None]
+    tensor = converted(data, kind, name)[None]
+    if kind == "mask" and not bool(tensor.any()):
+        raise InputError(f"{name}: the mask is empty: no voxel is selected")
+    if kind == "image" and float(data.min()) == float(data.max()):
+        raise InputError(f"{name}: every voxel is {float(data.min()):g}; a constant image has nothing to register")
+    return tensor
 
 
 def write_image(path: Path, volume: Volume, like: Image, storage: nifti.Storage | None = None) -> None:

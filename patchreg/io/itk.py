@@ -134,7 +134,7 @@ def _read_field(path: Path) -> DisplacementField:
         raise InputError(
             f"{path}: has shape {tuple(image.shape)}, not an ITK displacement field of shape (I, J, K, 1, 3)"
         )
-    vectors = image.get_fdata(dtype=np.float32)[:, :, :, 0] * np.array([-1, -1, 1], dtype=np.float32)
+    vectors = image.get_fdata(dtype=np.float32)[:, :, :, 0] * np.array(nifti.LPS, dtype=np.float32)
     if not np.isfinite(vectors).all():
         raise InputError(f"{path}: the displacement has NaN or infinite values")
     u = torch.from_numpy(np.ascontiguousarray(vectors.transpose(3, 0, 1, 2)))[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import zlib
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from patchreg.spatial import Grid
 log = logging.getLogger(__name__)
 
 VECTOR_INTENT = 1007
+
+LPS = (-1.0, -1.0, 1.0)
+"""The signs of displacement components in ITK's files, where those in memory are RAS."""
+
+UNREADABLE = (EOFError, OSError, RuntimeError, ValueError, zlib.error)
+"""What libraries raise where voxels cannot be read or decompressed."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ def load(path: Path) -> Any:
         zlib.error,
     ) as error:
         raise InputError(
-            f"{path}: not a readable image ({_first_line(error)}); give NIfTI, MGH, NRRD or MetaImage"
+            f"{path}: not a readable image ({first_line(error)}); give NIfTI, MGH, NRRD or MetaImage"
         ) from error
 
 
@@ -59,29 +66,40 @@ def decode(image: Any, name: str) -> tuple[np.ndarray, Grid, nib.Nifti1Header, S
         InputError: not one 3-D volume of real numbers, or voxels that cannot be read.
         GeometryError: an affine that is singular or not finite.
     """
+    shape, stored = scalar_volumes(image, name)
+    if len(shape) > 3:
+        raise InputError(
+            f"{name}: has shape {tuple(image.shape)}, {shape[3]} volumes; give one of them, for example cut out with "
+            "fslroi or nilearn"
+        )
+    try:
+        data = np.asanyarray(image.dataobj).reshape(shape)
+    except UNREADABLE as error:
+        raise InputError(
+            f"{name}: its voxels cannot be read ({first_line(error)}); the file is cut short or damaged"
+        ) from error
+    grid, header = decode_grid(image, name)
+    slope, intercept = scaling(image)
+    return data, grid, header, Storage(stored, slope, intercept)
+
+
+def scalar_volumes(image: Any, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """The shape (I, J, K) or (I, J, K, ...) without trailing dimensions of one, and the type of the stored voxels.
+
+    Raises:
+        InputError: fewer than three dimensions, a single slice, or voxels that are not real numbers.
+    """
     shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3:
-        what = "no volumes" if len(shape) < 3 else f"{shape[3]} volumes"
-        remedy = (
-            "give a 3-D image" if len(shape) < 3 else "give one of them, for example cut out with fslroi or nilearn"
-        )
-        raise InputError(f"{name}: has shape {tuple(image.shape)}, {what}; {remedy}")
-    if min(shape) < 2:
+    if len(shape) < 3:
+        raise InputError(f"{name}: has shape {tuple(image.shape)}, no volumes; give a 3-D image")
+    if min(shape[:3]) < 2:
         raise InputError(f"{name}: has shape {shape}, a single slice; give a 3-D image")
     stored = np.dtype(image.get_data_dtype()) if hasattr(image, "get_data_dtype") else np.dtype(image.dataobj.dtype)
     if stored.kind not in "iufb":
         raise InputError(f"{name}: voxels are of type {stored}, not real numbers; convert it to a scalar image")
-    try:
-        data = np.asanyarray(image.dataobj).reshape(shape)
-    except (EOFError, OSError, ValueError, zlib.error) as error:
-        raise InputError(
-            f"{name}: its voxels cannot be read ({_first_line(error)}); the file is cut short or damaged"
-        ) from error
-    grid, header = decode_grid(image, name)
-    slope, intercept = _scaling(image)
-    return data, grid, header, Storage(stored, slope, intercept)
+    return shape, stored
 
 
 def decode_grid(image: Any, name: str) -> tuple[Grid, nib.Nifti1Header]:
@@ -125,7 +143,8 @@ def _nifti_header(image: Any) -> nib.Nifti1Header:
     return header
 
 
-def _scaling(image: Any) -> tuple[float, float]:
+def scaling(image: Any) -> tuple[float, float]:
+    """Slope and intercept of a nibabel image, (1, 0) where it has none that can be used."""
     proxy = image.dataobj
     slope, intercept = getattr(proxy, "slope", 1.0), getattr(proxy, "inter", 0.0)
     usable = np.isfinite(slope) and np.isfinite(intercept) and slope != 0
@@ -148,10 +167,9 @@ def write(path: Path, data: Tensor, grid: Grid, like: nib.Nifti1Header, storage:
     check_suffix(path)
     array = data.detach().cpu().numpy()
     if storage is not None:
-        array = _stored(array, storage)
+        array = stored(array, storage)
     image = _image(array, grid, like)
-    if storage is not None and storage.dtype.kind != "f" and (storage.slope, storage.intercept) != (1.0, 0.0):
-        image.header.set_slope_inter(storage.slope, storage.intercept)
+    _set_scaling(image.header, storage)
     nib.save(image, path)
 
 
@@ -159,10 +177,43 @@ def write_vectors(path: Path, displacement_mm: Tensor, grid: Grid, like: nib.Nif
     """Write a displacement (1, 3, I, J, K), RAS mm, as ITK reads it: 5-D, vector intent, components in LPS mm."""
     check_suffix(path)
     array = displacement_mm.detach().cpu().float().numpy()[0].transpose(1, 2, 3, 0)[:, :, :, None]
-    array = array * np.array([-1, -1, 1], dtype=np.float32)
+    array = array * np.array(LPS, dtype=np.float32)
     image = _image(array, grid, like)
     image.header.set_intent(VECTOR_INTENT, name="displacement")
     nib.save(image, path)
+
+
+def header_bytes(
+    channels: int, storage: Storage, grid: Grid, like: nib.Nifti1Header | None, displacement: bool = False
+) -> bytes:
+    """What precedes the voxels in a file that :func:`write` or :func:`write_vectors` makes.
+
+    Args:
+        channels: volumes of the file; with more than one its voxels are (I, J, K, channels).
+        storage: how its voxels are stored.
+        grid: their place.
+        like: header whose orientation codes and units are kept; None: millimetres, aligned to a scanner.
+        displacement: the header of a displacement field: (I, J, K, 1, 3), vector intent.
+
+    Raises:
+        InputError: NIfTI has no such type of voxels, or not so many voxels along a dimension.
+    """
+    if like is None:
+        like = nib.Nifti1Header()
+        like.set_xyzt_units("mm")
+    tail = (1, channels) if displacement else (channels,) if channels > 1 else ()
+    array = np.broadcast_to(np.zeros((), stored(np.zeros(1), storage).dtype), (*grid.shape, *tail))  # takes no memory
+    try:
+        header = _image(array, grid, like).header
+    except nib.spatialimages.HeaderDataError as error:
+        raise InputError(f"NIfTI cannot hold this image ({first_line(error)}); write .ome.zarr") from error
+    header.set_slope_inter(1, 0)
+    _set_scaling(header, storage)
+    if displacement:
+        header.set_intent(VECTOR_INTENT, name="displacement")
+    stream = io.BytesIO()
+    header.write_to(stream)
+    return stream.getvalue()
 
 
 def check_suffix(path: Path) -> None:
@@ -183,7 +234,13 @@ def _image(array: np.ndarray, grid: Grid, like: nib.Nifti1Header) -> nib.Nifti1I
     return image
 
 
-def _stored(values: np.ndarray, storage: Storage) -> np.ndarray:
+def _set_scaling(header: nib.Nifti1Header, storage: Storage | None) -> None:
+    if storage is not None and storage.dtype.kind != "f" and (storage.slope, storage.intercept) != (1.0, 0.0):
+        header.set_slope_inter(storage.slope, storage.intercept)
+
+
+def stored(values: np.ndarray, storage: Storage) -> np.ndarray:
+    """Values as a file stores them: integers rounded and clipped, in the byte order of this machine."""
     if storage.dtype.kind == "f":
         return values.astype(storage.dtype.newbyteorder("="))
     raw = np.rint((values.astype(np.float64) - storage.intercept) / storage.slope)
@@ -193,6 +250,7 @@ def _stored(values: np.ndarray, storage: Storage) -> np.ndarray:
     return raw.astype(storage.dtype.newbyteorder("=") if storage.dtype.kind in "iu" else np.uint8)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, short enough for a sentence."""
     text = str(error).strip().splitlines()
     return text[0][:200] if text else type(error).__name__
