@@ -39,3 +39,7 @@ class NoGradient(PatchregError, RuntimeError):
 
 class UnsupportedSharding(PatchregError, RuntimeError):
     """A layer that cannot run on slabs of a volume."""
+
+
+class RankLost(PatchregError, RuntimeError):
+    """Another process of a training failed, died or did not answer."""

@@ -38,6 +38,14 @@ class Fakes(TorchDispatchMode):
         with self._mode:
             return torch.empty(tuple(shape), dtype=dtype)
 
+    def like(self, tensor: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """A fake tensor with the type, device and need of a gradient of another, and its shape unless one is given."""
+        with self._mode:
+            fake = torch.empty(
+                tensor.shape if shape is None else tuple(shape), dtype=tensor.dtype, device=tensor.device
+            )
+        return fake.requires_grad_(tensor.requires_grad)
+
     def convert(self, module: nn.Module) -> None:
         """Make the parameters and buffers of a module fake, in place: their numbers are lost."""
         known: dict[int, nn.Parameter] = {}

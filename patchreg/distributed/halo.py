@@ -155,7 +155,7 @@ def _margins(extended: Tensor, extent: _Extent, rank: int) -> list[tuple[Tensor,
     return found
 
 
-@lru_cache
+@lru_cache(maxsize=1024)
 def _extent(partition: Partition, spans: tuple[Span, ...], outside: Outside) -> _Extent:
     """The extended slabs; the same object for the same arguments, as every step of a training asks for them."""
     if outside not in get_args(Outside):

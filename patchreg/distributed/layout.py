@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,5 +45,5 @@ def _of(base: Partition, total: int) -> Partition | None:
         block *= 2
     cuts = [min(total, block * round(start * total / (base.total * block))) for start in (*base.starts, base.total)]
     cuts[-1] = total
-    sizes = tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
+    sizes = tuple(b - a for a, b in itertools.pairwise(cuts))
     return Partition(sizes, base.dim) if min(sizes) > 0 else None

@@ -75,13 +75,17 @@ class Scope:
         partition = self.layout.of(total)
         return ((0, total),) * self.layout.base.ranks if partition is None else partition.spans
 
-    def total(self, layer: nn.Module, size: int) -> int:
+    def total(self, layer: nn.Module, size: int | None) -> int:
         """The planes of a whole tensor, of which ``layer`` was given this rank's ``size``.
+
+        Args:
+            layer: a sharded one.
+            size: of the split dimension; None where the layer does not know which that is, but only ever sees one volume.
 
         Raises:
             UnsupportedSharding: the layer was never seen with such an input.
         """
-        found = [total for total in self.totals.get(layer, ()) if self.size(total) == size]
+        found = [total for total in self.totals.get(layer, ()) if size is None or self.size(total) == size]
         if len(found) != 1:
             raise UnsupportedSharding(
                 f"{self.name(layer)} was given {size} planes on rank {self.rank}, which are a part of none of the volumes "
@@ -151,7 +155,7 @@ class Scope:
             out = exchange_halo(
                 x.flatten(3)[None], Partition(partition.sizes, 2), widths, self.group, outside, check=False
             )
-            return out[0].unflatten(2, tail)
+            return out[0].unflatten(3, tail)
         return exchange_halo(x, Partition(partition.sizes, dim), widths, self.group, outside, check=False)
 
     def whole(self, x: Tensor, total: int, dim: int | None = None) -> Tensor:
@@ -185,12 +189,12 @@ class Tracing:
     Args:
         dim: as in :class:`Scope`.
         run: by which every sharded layer does what it does, which is known to be done right on slabs: called with the
-            layer, its first input, the dimension of that which is split, and what to call.
+            layer, its first input, the dimension of that which is split (None: any), and what to call.
         parts: converted networks that are called inside this one.
     """
 
     dim: int
-    run: Callable[[nn.Module, Tensor, int, Callable[[], Any]], Any]
+    run: Callable[[nn.Module, Tensor, int | None, Callable[[], Any]], Any]
     parts: WeakSet[nn.Module]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchreg.networks.surroundings import kind
+
 
 def normalized_relu(x: Tensor, norm: nn.Module, slope: float) -> Tensor:
     """``leaky_relu(norm(x))``, in place of what the norm made.
@@ -20,8 +22,9 @@ def normalized_relu(x: Tensor, norm: nn.Module, slope: float) -> Tensor:
     Returns:
         The same shape. Kept for the backward pass, as it will be by a convolution that takes it.
     """
-    if type(norm) is not nn.InstanceNorm3d:
+    if kind(norm) is not nn.InstanceNorm3d:
         return F.leaky_relu(norm(x), slope)
+    assert isinstance(norm, nn.InstanceNorm3d)
     batch = x.shape[0]
     weight, bias = (None if p is None else p.repeat(batch) for p in (norm.weight, norm.bias))
     flat = x.contiguous().view(1, -1, *x.shape[2:])

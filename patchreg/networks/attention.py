@@ -52,25 +52,41 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, I, J, K, dim) to the same shape."""
-        grid = x.shape[1:4]
+        full, shift = self.frame(x.shape[1:4])
+        return self.framed(x, full, shift, regions(full, shift, x.device) if any(shift) else None)
+
+    def frame(self, grid: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Tokens along the axes of the padded grid, and by how many it is shifted."""
         full = [n + -n % w for n, w in zip(grid, self.window, strict=True)]
-        shift = [w // 2 if self.shifted and n > w else 0 for n, w in zip(full, self.window, strict=True)]
-        if list(grid) != full:
+        return full, [w // 2 if self.shifted and n > w else 0 for n, w in zip(full, self.window, strict=True)]
+
+    def framed(self, x: Tensor, full: Sequence[int], shift: Sequence[int], codes: Tensor | None) -> Tensor:
+        """Pad, shift, attend, and undo both.
+
+        Args:
+            x: (B, I, J, K, dim).
+            full: tokens of the padded grid, multiples of the window.
+            shift: of the grid.
+            codes: (1, *full, 1), the region of each token of the shifted grid. None: all see each other.
+        """
+        grid = x.shape[1:4]
+        if list(grid) != list(full):
             i, j, k = (a - b for a, b in zip(full, grid, strict=True))
             x = F.pad(x, (0, 0, 0, k, 0, j, 0, i))
         if any(shift):
             x = x.roll([-s for s in shift], (1, 2, 3))
-        x = join(self.attention(split(x, self.window), full, shift), self.window, full)
+        of_windows = None if codes is None else split(codes, self.window)[..., 0]
+        x = join(self.attention(split(x, self.window), of_windows), self.window, full)
         if any(shift):
-            x = x.roll(shift, (1, 2, 3))
+            x = x.roll(list(shift), (1, 2, 3))
         return x[:, : grid[0], : grid[1], : grid[2]]
 
-    def attention(self, x: Tensor, grid: Sequence[int], shift: Sequence[int]) -> Tensor:
-        """Tokens by window (N, L, dim) to the same shape."""
+    def attention(self, x: Tensor, codes: Tensor | None) -> Tensor:
+        """Tokens by window (N, L, dim), and their regions (n, L), to the same shape."""
         length, dim = x.shape[1:]
         q, k, v = self.qkv(x).view(-1, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        if any(shift):
-            q, k = separate(q, k, regions(grid, self.window, shift, x.device), self.scale)
+        if codes is not None:
+            q, k = separate(q, k, codes, self.scale)
             v = v.contiguous()  # or it would hold the memory of all three
         bias = self.table[self.index].permute(2, 0, 1)[None]
         out: Tensor = self.proj(attend(q, k, v, bias, self.scale).transpose(1, 2).flatten(2))
@@ -134,13 +150,13 @@ def separate(q: Tensor, k: Tensor, codes: Tensor, scale: float) -> tuple[Tensor,
     return append(q, size * (1 - own)), append(k, -size * own)
 
 
-def regions(grid: Sequence[int], window: Shape3, shift: Sequence[int], device: torch.device) -> Tensor:
-    """(n, L): for each token of each window of a shifted grid, along which axes it came from the other end, as bits."""
+def regions(grid: Sequence[int], shift: Sequence[int], device: torch.device) -> Tensor:
+    """(1, *grid, 1): for each token of a shifted grid, along which axes it came from the other end, as bits."""
     code = torch.zeros((1, *grid, 1), dtype=torch.int64, device=device)
     for axis, moved in enumerate(shift):
         if moved:
             code.narrow(1 + axis, grid[axis] - moved, moved).add_(1 << axis)
-    return split(code, window)[..., 0]
+    return code
 
 
 def relative_positions(window: Shape3) -> Tensor:

@@ -53,15 +53,19 @@ class Decoder(nn.Module):
     def forward(self, tokens: Sequence[Tensor], images: Tensor) -> Tensor:
         """Tokens by level and the images (B, images, I, J, K) to the flow (B, 3, I/r, J/r, K/r), float32 at least."""
         *skips, deepest = tokens
-        x = _channels_first(self.norm(deepest))
+        x = channels_first(self.norm(deepest))
         for step in self.steps:
             if isinstance(step, TokenStep):
                 x = run_part(self.memory, step, x, skips.pop())
             else:
                 x = run_part("stored" if step.scale == self.reduction else self.memory, step, x, images)
         with torch.autocast(x.device.type, enabled=False):
-            assert self.flow.bias is not None
-            return norm_conv(x, self.flow.weight, self.memory).add_(self.flow.bias.view(-1, 1, 1, 1))
+            return self.last(x)
+
+    def last(self, x: Tensor) -> Tensor:
+        """The answer of the finest step to the flow."""
+        assert self.flow.bias is not None
+        return norm_conv(x, self.flow.weight, self.memory).add_(self.flow.bias.view(-1, 1, 1, 1))
 
 
 class TokenStep(nn.Module):
@@ -84,7 +88,7 @@ class TokenStep(nn.Module):
         """(B, channels_in, I, J, K) and (B, 2I, 2J, 2K, channels_out) to (B, channels_out, 2I, 2J, 2K)."""
         x = activated(x) if self.raw else x
         x = F.interpolate(x, scale_factor=2, mode="trilinear", align_corners=False)
-        out: Tensor = self.conv(activated(self.join(torch.cat([x, _channels_first(self.norm(tokens))], dim=1))))
+        out: Tensor = self.conv(activated(self.join(torch.cat([x, channels_first(self.norm(tokens))], dim=1))))
         return out
 
 
@@ -116,18 +120,27 @@ class ImageStep(nn.Module):
         """(B, channels_in, I, J, K) and the images (B, images, 2sI, 2sJ, 2sK) to (B, channels_out, 2I, 2J, 2K)."""
         if self.scale > 1:
             images = F.avg_pool3d(images, 3, self.scale, padding=1)
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        own = self.look.out_channels
-        theirs, ours = self.join.weight.split([self.join.in_channels - own, own], dim=1)
+        dtype, (theirs, ours) = self.precision(x), self.weights()
         out = norm_conv(images.to(dtype), ours.to(dtype), self.memory, self.look.weight.to(dtype))
         out.add_(run_part(self.memory, self._upsampled, x, theirs))
         return norm_conv(out, self.conv.weight.to(dtype), self.memory)
+
+    def precision(self, x: Tensor) -> torch.dtype:
+        """Of the convolutions."""
+        return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Of the joined features those of the upsampled ones, and those of the images'."""
+        own = self.look.out_channels
+        theirs, ours = self.join.weight.split([self.join.in_channels - own, own], dim=1)
+        return theirs, ours
 
     def _upsampled(self, x: Tensor, weight: Tensor) -> Tensor:
         return conv_upsampled_linear(activated(x) if self.raw else x, weight)
 
 
-def _channels_first(tokens: Tensor) -> Tensor:
+def channels_first(tokens: Tensor) -> Tensor:
+    """(B, I, J, K, C) to (B, C, I, J, K)."""
     return tokens.permute(0, 4, 1, 2, 3).contiguous()
 
 

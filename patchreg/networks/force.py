@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchreg import ops
+
+
+class LnccForce(nn.Module):
+    """:func:`lncc_force` as a layer.
+
+    Args:
+        window: odd side of the correlation's window, in voxels.
+    """
+
+    def __init__(self, window: int) -> None:
+        super().__init__()
+        self.window = window
+
+    def extra_repr(self) -> str:
+        return f"window={self.window}"
+
+    def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
+        """(B, C, I, J, K) and the same to (B, 3, I, J, K) float32."""
+        return lncc_force(fixed, moving, self.window)
 
 
 def lncc_force(fixed: Tensor, moving: Tensor, window: int) -> Tensor:
@@ -27,6 +46,13 @@ def lncc_force(fixed: Tensor, moving: Tensor, window: int) -> Tensor:
         Avants et al. 2008, doi:10.1016/j.media.2007.06.004, eq. (6), for the gradient; Qiu et al. 2022,
         doi:10.1016/j.media.2022.102561 (GraDIRN), for gradients of the similarity as a network's input.
     """
+    force = forces(fixed, moving, window)
+    size = force.square().mean(dim=(1, 2, 3, 4), keepdim=True).sqrt()
+    return force / size.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def forces(fixed: Tensor, moving: Tensor, window: int) -> Tensor:
+    """:func:`lncc_force` before it is divided by its size."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(fixed.device.type, enabled=False):
         still, image = (x.detach().float().clone() for x in (fixed, moving))
         image.requires_grad_()
@@ -34,9 +60,7 @@ def lncc_force(fixed: Tensor, moving: Tensor, window: int) -> Tensor:
         (rise,) = torch.autograd.grad(similarity, image)
     with torch.no_grad():
         image = image.detach()
-        force = torch.cat([(rise * _slope(image, dim)).sum(dim=1, keepdim=True) for dim in (2, 3, 4)], dim=1)
-        size = force.square().mean(dim=(1, 2, 3, 4), keepdim=True).sqrt()
-        return force / size.clamp(min=torch.finfo(torch.float32).tiny)
+        return torch.cat([(rise * _slope(image, dim)).sum(dim=1, keepdim=True) for dim in (2, 3, 4)], dim=1)
 
 
 def _slope(x: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from patchreg.networks.unet import UNet, pad_to_multiple
+from patchreg.networks.padding import pad_to_multiple
+from patchreg.networks.unet import UNet
 from patchreg.types import Activations
 
 

@@ -30,7 +30,15 @@ def surrounded(by: object | None) -> Iterator[None]:
         _around.reset(token)
 
 
+ALONE = object()
+"""Surroundings in which every layer does what it does without any."""
+
+
 def kind(layer: nn.Module) -> type[nn.Module]:
-    """The class of a layer; where it has a form that suits surroundings, which says so by ``stands_for``, the plain class."""
-    found: type[nn.Module] = getattr(layer, "stands_for", type(layer))
+    """The class of a layer that decides what can be done with its parameters.
+
+    A layer that has taken a form for some surroundings says by ``stands_for`` what it is without them.
+    """
+    plain = surroundings() is None or surroundings() is ALONE
+    found: type[nn.Module] = getattr(layer, "stands_for", type(layer)) if plain else type(layer)
     return found

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchreg import ops
@@ -14,10 +13,11 @@ from patchreg.errors import InputError
 from patchreg.networks.bspline import control_shape, dense_bspline
 from patchreg.networks.checkpointing import check_policy, offloading
 from patchreg.networks.decoder import Decoder
-from patchreg.networks.force import lncc_force
+from patchreg.networks.force import LnccForce
+from patchreg.networks.integration import Integration
+from patchreg.networks.padding import PadToMultiple, pad_to_multiple
 from patchreg.networks.swin import SwinEncoder, SwinSize
-from patchreg.networks.unet import pad_to_multiple
-from patchreg.types import Activations, Shape3
+from patchreg.types import Activations
 
 SIZES = {
     "tiny": SwinSize(6, (2, 2, 4, 2), (2, 2, 4, 4)),
@@ -88,31 +88,37 @@ class TransMorph(nn.Module):
         images = 2 * channels + (3 if force_window else 0)
         self.encoder = SwinEncoder(images, find_size(size, drop_path), window, memory, reversible)
         self.decoder = Decoder(self.encoder.widths, images, 16, reduction, memory)
-        self.reduction, self.bspline, self.integration_steps = reduction, bspline, integration_steps
-        self.force_window, self.offload = force_window, offload
+        self.reduction, self.bspline, self.offload = reduction, bspline, offload
+        self.force = LnccForce(force_window) if force_window else None
+        self.pad = PadToMultiple(self.encoder.multiple)
+        self.integrate = Integration(integration_steps) if integration_steps else None
+        self.enlarge = (
+            nn.Upsample(scale_factor=reduction, mode="trilinear", align_corners=False) if reduction > 1 else None
+        )
 
     def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Displacement (B, 3, I, J, K) float32, in voxels, from two images (B, C, I, J, K)."""
         self.encoder.check_size(fixed.shape[2:])
         seen = [fixed, moving]
-        if self.force_window:
-            seen.append(lncc_force(fixed, moving, self.force_window).to(fixed.dtype))
-        x, cut = pad_to_multiple(torch.cat(seen, dim=1), self.encoder.multiple)
+        if self.force is not None:
+            seen.append(self.force(fixed, moving).to(fixed.dtype))
+        x = self.pad(torch.cat(seen, dim=1))
         with offloading(self.offload, x.device):
             flow = self.decoder(self.encoder(x), x)
         with torch.autocast(x.device.type, enabled=False):
             if self.bspline is not None:
-                i, j, k = fixed.shape[2:]
-                flow = self._spline(flow, (i, j, k), cut, self.bspline)
-                return ops.integrate(flow, self.integration_steps) if self.integration_steps else flow
-            if self.integration_steps:
-                flow = ops.integrate(flow / self.reduction, self.integration_steps) * self.reduction
-            if self.reduction > 1:
-                flow = F.interpolate(flow, scale_factor=self.reduction, mode="trilinear", align_corners=False)
-        return flow[:, :, cut[0], cut[1], cut[2]]
+                flow = self._spline(flow, fixed, self.bspline)
+                return flow if self.integrate is None else self.integrate(flow)
+            if self.integrate is not None:
+                flow = self.integrate(flow / self.reduction) * self.reduction
+            if self.enlarge is not None:
+                flow = self.enlarge(flow)
+        return self.pad.crop(fixed, flow)
 
-    def _spline(self, flow: Tensor, shape: Shape3, cut: Sequence[slice], spacing: int) -> Tensor:
-        """The field whose control points are the flow at their places."""
+    def _spline(self, flow: Tensor, image: Tensor, spacing: int) -> Tensor:
+        """The field whose control points are the flow at their places, on an image's lattice."""
+        (i, j, k), cut = image.shape[2:], pad_to_multiple(image[:0], self.encoder.multiple)[1]
+        shape = (i, j, k)
         affine = torch.zeros((3, 4), dtype=torch.float64, device=flow.device)
         for axis, where in enumerate(cut):
             first = where.start - spacing  # of the control points, in voxels of the padded images

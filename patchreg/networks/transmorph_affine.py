@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from patchreg.networks.checkpointing import check_policy, offloading
+from patchreg.networks.padding import PadToMultiple
 from patchreg.networks.swin import SwinEncoder, SwinSize
 from patchreg.networks.transmorph import find_size
-from patchreg.networks.unet import pad_to_multiple
 from patchreg.types import Activations
 
 
@@ -49,6 +49,7 @@ class TransMorphAffine(nn.Module):
         super().__init__()
         check_policy(memory, reversible, type(self).__name__)
         self.encoder = SwinEncoder(2 * channels, find_size(size, drop_path), window, memory, reversible)
+        self.pad = PadToMultiple(self.encoder.multiple)
         width = self.encoder.widths[-1]
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 12)
@@ -59,7 +60,7 @@ class TransMorphAffine(nn.Module):
     def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """(B, 3, 4): fixed to moving, in the patch's frame, where its longest side runs from -1 to 1 about its centre."""
         self.encoder.check_size(fixed.shape[2:])
-        x, _ = pad_to_multiple(torch.cat([fixed, moving], dim=1), self.encoder.multiple)
+        x = self.pad(torch.cat([fixed, moving], dim=1))
         with offloading(self.offload, x.device):
             deepest = self.encoder(x)[-1]
         pooled = self.norm(deepest).mean(dim=(1, 2, 3))

@@ -14,6 +14,7 @@ from patchreg.networks.activation import normalized_relu
 from patchreg.networks.checkpointing import check_policy, run_part
 from patchreg.networks.reversible import ReversibleConvBlock, ReversibleSequence
 from patchreg.networks.slabs import THICKNESS, Slabbed, in_slabs
+from patchreg.networks.surroundings import kind
 from patchreg.networks.upsampled_nearest import conv_upsampled_nearest
 from patchreg.types import Activations
 
@@ -36,6 +37,8 @@ class ConvBlock(nn.Module):
     def join(self, x: Tensor, skip: Tensor) -> Tensor:
         """The same of features of half the size, upsampled by nearest neighbours, beside features of full size.
 
+        Only where :attr:`can_join` says so.
+
         Args:
             x: (B, C, I, J, K).
             skip: (B, channels_in - C, 2I, 2J, 2K).
@@ -43,11 +46,14 @@ class ConvBlock(nn.Module):
         Returns:
             (B, channels_out, 2I, 2J, 2K).
         """
-        if type(self.conv) is not nn.Conv3d:  # it has been replaced, by one that wants both in one tensor
-            return self(_joined(x, skip))
         weight, width = self.conv.weight, x.shape[1]
         out = conv_upsampled_nearest(x, weight[:, :width], self.conv.bias)
         return self._activated(out.add_(F.conv3d(skip, weight[:, width:], padding=self.conv.padding)))
+
+    @property
+    def can_join(self) -> bool:
+        """Whether the convolution has not been replaced, by one that wants all features in one tensor."""
+        return kind(self.conv) is nn.Conv3d
 
     def _activated(self, x: Tensor) -> Tensor:
         """In place, because a convolution does not need its own output for the backward pass."""
@@ -55,8 +61,12 @@ class ConvBlock(nn.Module):
         return F.leaky_relu_(x, slope) if isinstance(self.norm, nn.Identity) else normalized_relu(x, self.norm, slope)
 
 
-def _joined(x: Tensor, skip: Tensor) -> Tensor:
-    return torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], dim=1)
+class Beside(nn.Module):
+    """Features upsampled by nearest neighbours beside features of twice their size, in one tensor."""
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(B, C, I, J, K) and (B, c, 2I, 2J, 2K) to (B, C + c, 2I, 2J, 2K)."""
+        return torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], dim=1)
 
 
 class UNet(nn.Module):
@@ -120,6 +130,7 @@ class UNet(nn.Module):
             )
             for side in (encoder, decoder)
         )
+        self.beside = Beside()
         self.channels_out = width
         self.multiple = 2 ** (len(encoder) - 1)
         self.reduction = 2 ** (len(encoder) - 1 - len(decoder))
@@ -140,7 +151,7 @@ class UNet(nn.Module):
         skips, levels = [], list(self.down)
         if slabbed:
             skips, levels = [x], levels[2:]
-            x = in_slabs(self._first_levels(), x)
+            x = self.first_levels(x)
             skips.append(x)
         for block in levels:
             x = run_part(self.memory, block, x)
@@ -150,8 +161,8 @@ class UNet(nn.Module):
         skips.pop()
         for step, block in enumerate(self.up):
             if slabbed and len(skips) == 1:
-                return in_slabs(self._full_resolution(last), x, skips.pop())
-            x = run_part(self.memory, partial(_join, block), x, skips.pop())
+                return self.full_resolution(x, skips.pop(), last)
+            x = run_part(self.memory, partial(self._join, block), x, skips.pop())
             if self.up_stacks:
                 x = self.up_stacks[step](x)
         for block in self.final:
@@ -160,17 +171,35 @@ class UNet(nn.Module):
             return x
         return run_part("stored" if x.dtype.itemsize >= 4 else self.memory, partial(_in_full_precision, last), x)
 
-    def _slabbed(self, x: Tensor, last: nn.Module | None) -> bool:
-        """Whether what works at full resolution runs slab by slab: without norm, which needs all of a volume."""
-        blocks = [*self.down[:2], self.up[-1], *self.final]
-        plain = all(type(block) is ConvBlock and type(block.conv) is nn.Conv3d for block in blocks)
-        plain = plain and all(isinstance(block.norm, nn.Identity) for block in blocks)
-        few = last is None or type(last) is nn.Conv3d
-        wanted = self.memory == "checkpoint" and not self.down_stacks and torch.is_grad_enabled()
-        return wanted and plain and few and x.shape[2] > THICKNESS
+    def _join(self, block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
+        """A step of the decoder; a block that has been replaced wants both in one tensor."""
+        out: Tensor = (
+            block.join(x, skip) if isinstance(block, ConvBlock) and block.can_join else block(self.beside(x, skip))
+        )
+        return out
 
-    def _first_levels(self) -> Slabbed:
-        """The images to the second level: the first level's features are not kept."""
+    def _slabbed(self, x: Tensor, last: nn.Module | None) -> bool:
+        """Whether what works at full resolution runs slab by slab."""
+        wanted = self.memory == "checkpoint" and not self.down_stacks and torch.is_grad_enabled()
+        return wanted and self.can_slab(last) and self.worth_slabs(x, last)
+
+    def can_slab(self, last: nn.Module | None) -> bool:
+        """Whether full resolution takes nothing but convolutions: no norm, which needs all of a volume."""
+        blocks = [*self.down[:2], self.up[-1], *self.final]
+        plain = all(kind(block) is ConvBlock and kind(block.conv) is nn.Conv3d for block in blocks)
+        few = last is None or kind(last) is nn.Conv3d
+        return plain and few and all(isinstance(block.norm, nn.Identity) for block in blocks)
+
+    def worth_slabs(self, x: Tensor, last: nn.Module | None) -> bool:
+        """Whether images are large enough."""
+        return x.shape[2] > THICKNESS
+
+    def first_levels(self, x: Tensor) -> Tensor:
+        """Slab by slab the images to the second level: the first level's features are not kept."""
+        return in_slabs(self.first_part(), x)
+
+    def first_part(self) -> Slabbed:
+        """What :meth:`first_levels` runs."""
         full, half = self.down[:2]
 
         def run(images: Tensor) -> Tensor:
@@ -179,13 +208,17 @@ class UNet(nn.Module):
 
         return Slabbed(run, _parameters(full, half), [2], (_reach(full, half) + 1) // 2)
 
-    def _full_resolution(self, last: nn.Module | None) -> Slabbed:
+    def full_resolution(self, x: Tensor, images: Tensor, last: nn.Module | None) -> Tensor:
         """The second level's features and the images to the result; the first level's features are made again."""
+        return in_slabs(self.last_part(last), x, images)
+
+    def last_part(self, last: nn.Module | None) -> Slabbed:
+        """What :meth:`full_resolution` runs."""
         first, join = self.down[0], self.up[-1]
         used = [first, join, *self.final, *([last] if last is not None else [])]
 
         def run(x: Tensor, images: Tensor) -> Tensor:
-            x = self.final(_join(join, x, first(images)))
+            x = self.final(self._join(join, x, first(images)))
             return x if last is None else _in_full_precision(last, x)
 
         reach = _reach(*used)
@@ -200,12 +233,6 @@ def _reach(*parts: nn.Module) -> int:
 
 def _parameters(*parts: nn.Module) -> list[Tensor]:
     return [p for part in parts for p in part.parameters()]
-
-
-def _join(block: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
-    """A step of the decoder; a block that has been replaced wants both in one tensor."""
-    out: Tensor = block.join(x, skip) if isinstance(block, ConvBlock) else block(_joined(x, skip))
-    return out
 
 
 def _in_full_precision(conv: nn.Module, x: Tensor) -> Tensor:
@@ -229,14 +256,3 @@ def _check_sizes(
         raise InputError(f"reversible is a number of blocks, got {reversible}")
     if reversible and (odd := [width for width in (*encoder, *decoder) if width % 2]):
         raise InputError(f"reversible blocks split channels into halves: make every width even, got {odd[0]}")
-
-
-def pad_to_multiple(x: Tensor, multiple: int) -> tuple[Tensor, tuple[slice, slice, slice]]:
-    """Pad (B, C, I, J, K) evenly with zeros to multiples, and the slices that cut the original out again."""
-    padding: list[int] = []
-    cut = []
-    for size in x.shape[2:]:
-        extra = -size % multiple
-        padding = [extra // 2, extra - extra // 2, *padding]
-        cut.append(slice(extra // 2, extra // 2 + size))
-    return (F.pad(x, padding) if any(padding) else x), (cut[0], cut[1], cut[2])

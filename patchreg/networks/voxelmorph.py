@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchreg import ops
 from patchreg.errors import InputError
 from patchreg.networks.checkpointing import check_policy, offloading
-from patchreg.networks.force import lncc_force
-from patchreg.networks.unet import UNet, pad_to_multiple
+from patchreg.networks.force import LnccForce
+from patchreg.networks.integration import Integration
+from patchreg.networks.padding import PadToMultiple
+from patchreg.networks.unet import UNet
 from patchreg.types import Activations
 
 
@@ -66,7 +66,8 @@ class VoxelMorph(nn.Module):
         if force_window < 0 or (force_window and force_window % 2 == 0):
             raise InputError(f"force_window must be 0 or odd, got {force_window}")
         check_policy(memory, reversible > 0, type(self).__name__)
-        self.force_window, self.memory, self.offload = force_window, memory, offload
+        self.memory, self.offload = memory, offload
+        self.force = LnccForce(force_window) if force_window else None
         self.unet = UNet(
             2 * channels + (3 if force_window else 0),
             tuple(encoder),
@@ -77,23 +78,25 @@ class VoxelMorph(nn.Module):
             memory=memory,
             reversible=reversible,
         )
+        self.pad = PadToMultiple(self.unet.multiple)
         self.flow = nn.Conv3d(self.unet.channels_out, 3, kernel_size, padding=kernel_size // 2)
         nn.init.normal_(self.flow.weight, std=1e-5)
         nn.init.zeros_(self.flow.bias)  # type: ignore[arg-type]
-        self.integration_steps = integration_steps
+        self.integrate = Integration(integration_steps) if integration_steps else None
+        scale = self.unet.reduction
+        self.enlarge = nn.Upsample(scale_factor=scale, mode="trilinear", align_corners=False) if scale > 1 else None
 
     def forward(self, fixed: Tensor, moving: Tensor) -> Tensor:
         """Displacement (B, 3, I, J, K) float32, in voxels, from two images (B, C, I, J, K)."""
         seen = [fixed, moving]
-        if self.force_window:
-            seen.append(lncc_force(fixed, moving, self.force_window).to(fixed.dtype))
-        x, cut = pad_to_multiple(torch.cat(seen, dim=1), self.unet.multiple)
+        if self.force is not None:
+            seen.append(self.force(fixed, moving).to(fixed.dtype))
+        x = self.pad(torch.cat(seen, dim=1))
         with offloading(self.offload, x.device):
             flow = self.unet(x, self.flow)
         with torch.autocast(x.device.type, enabled=False):
-            reduction = self.unet.reduction
-            if self.integration_steps:
-                flow = ops.integrate(flow / reduction, self.integration_steps) * reduction
-            if reduction > 1:
-                flow = F.interpolate(flow, scale_factor=reduction, mode="trilinear", align_corners=False)
-        return flow[:, :, cut[0], cut[1], cut[2]]
+            if self.integrate is not None:
+                flow = self.integrate(flow / self.unet.reduction) * self.unet.reduction
+            if self.enlarge is not None:
+                flow = self.enlarge(flow)
+        return self.pad.crop(fixed, flow)

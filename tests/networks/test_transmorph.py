@@ -15,8 +15,8 @@ from patchreg.fake import Fakes
 from patchreg.losses import Diffusion
 from patchreg.memory import LivePeak
 from patchreg.networks import SwinSize, TransMorph, TransMorphAffine
+from patchreg.networks.padding import pad_to_multiple
 from patchreg.networks.transmorph_affine import compose_affine
-from patchreg.networks.unet import pad_to_multiple
 
 SMALL = SwinSize(4, (2, 2), (1, 2))
 """Two levels: sizes are padded to multiples of 8."""
