@@ -129,7 +129,8 @@ def _run(index: int, stage: Stage, links: Sequence[_Link]) -> StageOutput:
     before = [link.transform.on(grid) for link, grid in zip(links, grids, strict=True)]
     answer = stage.predict(fixed, _patches(before, [pair.moving for pair in pairs]), grids)
     if not grids[0].is_part:
-        answer = pairs[0].fixed.volume.grid.of_all(answer)
+        fixed_grid, moving_grid = pairs[0].fixed.volume.grid, pairs[0].moving.volume.grid
+        answer = (fixed_grid if fixed_grid.is_part else moving_grid).of_all(answer)  # either may be too thin to be cut
     transforms: list[Transform] = []
     for link, grid, a in zip(links, grids, answer, strict=True):
         step = Affine(a) if stage.predicts == "affine" else DisplacementField(grid, a[None])

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningCLI
 
+import patchreg.distributed.strategy  # noqa: F401  trainer.strategy: grid_parallel
 from patchreg.training import PeakMemory, SaveRun, TransformWriter
 
 

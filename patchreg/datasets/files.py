@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from patchreg.datasets.augmentation import WorldAugmentation
 from patchreg.datasets.manifest import Entry
 from patchreg.datasets.pair import Pair
+from patchreg.datasets.share import data_rank
 from patchreg.errors import InputError
 from patchreg.io import read_image
 from patchreg.spatial import Affine, Transform, Volume, foreground
@@ -83,8 +84,7 @@ def generator_for(seed: int | None) -> torch.Generator:
     """A generator from a seed; or from torch's own random state, which Lightning seeds for every loader process, and
     the rank, as without such processes all ranks have one state."""
     if seed is None:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        seed = int(torch.randint(2**62, (1,))) + rank
+        seed = int(torch.randint(2**62, (1,))) + data_rank()
     return torch.Generator().manual_seed(seed)
 
 

@@ -56,8 +56,8 @@ class Pictures(L.Callback):
         if trainer.sanity_checking or batch_idx >= self.pairs or trainer.current_epoch % self.every_epochs:
             return
         folder = run_folder(trainer) / "pictures"
-        if not trainer.is_global_zero:
-            return
+        if getattr(trainer.strategy, "data_rank", trainer.global_rank) > 0:
+            return  # all ranks that share the first pair draw it together
         for evaluation in outputs:
             self._draw(trainer, evaluation, folder, f"pair_{batch_idx}")
 
@@ -75,6 +75,8 @@ class Pictures(L.Callback):
             pair.fixed_warp,
         )
         picture = pixels(figure)
+        if not trainer.is_global_zero:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(folder / f"{name}_step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:
@@ -138,7 +140,10 @@ class TransformWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         root = run_folder(trainer) / self.folder
+        share = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
         for offset, (pair, result) in enumerate(prediction):
-            number = trainer.world_size * (batch_idx * len(prediction) + offset) + trainer.global_rank
-            with staged_file(root / f"{number:04d}.h5") as path:
-                write_transform(path, collapse(result.transform, pair.fixed.grid))
+            number = share["num_replicas"] * (batch_idx * len(prediction) + offset) + share["rank"]
+            transform = collapse(result.transform, pair.fixed.grid.whole)
+            if getattr(trainer.strategy, "grid_rank", 0) == 0:  # of the ranks that share a pair one writes
+                with staged_file(root / f"{number:04d}.h5") as path:
+                    write_transform(path, transform)

@@ -13,6 +13,7 @@ from patchreg.cascade import PatchCascade, Stage
 from patchreg.datasets import Pair
 from patchreg.distributed.convert import convert_sharded
 from patchreg.distributed.slab import Slab, split_volume
+from patchreg.distributed.strategy import networks_of
 from patchreg.losses import LNCC, Diffusion
 from patchreg.networks import KeypointAffine
 from patchreg.spatial import DisplacementField, Grid, Volume
@@ -89,7 +90,8 @@ def training(group, stop_gradients, dims):
     value, terms = plain.loss([plain.prepare(pair)])
     value.backward()
     split = module(stop_gradients)
-    convert_sharded(split.cascade)
+    for network in networks_of(split):
+        convert_sharded(network)
     torch.manual_seed(5)
     mine = shared_out(pair, group, dims)
     assert isinstance(mine.fixed.grid, Slab)
