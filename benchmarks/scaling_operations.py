@@ -1,6 +1,6 @@
 """Memory of every rank, and what it sends, when one volume is split over 1, 2 and 4 of them.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling_operations.py
 
 One step of registration without its network: the moving image is warped by a displacement, LNCC with the fixed image and the
 diffusion of the displacement are the loss, and the backward pass ends at the displacement. Strong scaling splits one volume
@@ -136,7 +136,7 @@ def main() -> None:
         for process in processes:
             process.join()
     print(table(rows, list(rows[0])))
-    print(write_results("scaling", rows, planes=options.planes, side=options.side))
+    print(write_results("scaling_operations", rows, planes=options.planes, side=options.side))
 
 
 if __name__ == "__main__":

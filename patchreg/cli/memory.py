@@ -56,6 +56,12 @@ def add_memory(parsers: Any) -> None:
         metavar="MM",
         help="one or three voxel sizes (default: likewise, else 1)",
     )
+    p.add_argument(
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="GPUs that share each pair (default: grid_parallel_size of the configuration's strategy, else 1)",
+    )
     p.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     p.add_argument("-v", "--verbose", action="store_true", help="say more, and where an error came from")
     p.add_argument("-q", "--quiet", action="store_true", help="no progress bars")
@@ -102,6 +108,8 @@ def _check(options: argparse.Namespace) -> None:
         raise InputError(f"--device-gb must be a positive number, got {size:g}")
     if shape is not None and min(shape) < 1:
         raise InputError(f"--image-shape must be three positive numbers of voxels, got {' '.join(map(str, shape))}")
+    if options.ranks is not None and options.ranks < 1:
+        raise InputError(f"--ranks must be a positive number of GPUs, got {options.ranks}")
     if spacing is not None and (len(spacing) not in (1, 3) or not all(0 < s < math.inf for s in spacing)):
         raise InputError(
             f"--image-spacing must be one or three positive numbers in mm, got {' '.join(map(str, spacing))}"
@@ -136,7 +144,17 @@ def _setting(experiment: Experiment, labelled: bool, options: argparse.Namespace
         labels,
         getattr(data, "augmentation", None),
         trainer.get("accelerator", "auto") != "cpu",
+        _ranks(trainer) if options.ranks is None else options.ranks,
     ), source
+
+
+def _ranks(trainer: dict[str, Any]) -> int:
+    """How many GPUs share a pair, by the trainer's strategy."""
+    strategy, devices = trainer.get("strategy"), trainer.get("devices")
+    everyone = (devices if isinstance(devices, int) else 1) * int(trainer.get("num_nodes") or 1)
+    if isinstance(strategy, dict) and str(strategy.get("class_path", "")).endswith("GridParallelStrategy"):
+        return int((strategy.get("init_args") or {}).get("grid_parallel_size") or everyone)
+    return everyone if strategy == "grid_parallel" else 1
 
 
 def _precision(given: str | int | None) -> Any:
@@ -190,6 +208,7 @@ def _summary(
         "config": [str(path) for path in options.config],
         "image": {"shape": list(setting.grid.shape), "spacing_mm": list(setting.grid.spacing), "source": source},
         "batch_size": setting.batch_size,
+        "ranks": setting.ranks,
         "precision": str(experiment.config.get("trainer", {}).get("precision") or "32"),
         "device": {"kind": "gpu" if setting.gpu else "cpu", "bytes": device},
         "training": peak(training),

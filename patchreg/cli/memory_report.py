@@ -24,6 +24,8 @@ def print_report(found: dict[str, Any]) -> None:
         " x ".join(f"{s:.3g}" for s in dict.fromkeys(image["spacing_mm"])),
     )
     console.print(f"images {shape} at {spacing} mm ({image['source']})", highlight=False)
+    if found["ranks"] > 1:
+        console.print(f"each pair is shared by {found['ranks']} ranks; this is what one of them holds", highlight=False)
     console.print(
         f"batch size {found['batch_size']}, precision {found['precision']}, on a {device['kind'].upper()}\n",
         highlight=False,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from patchreg.distributed.partition import Partition
 
@@ -33,17 +33,23 @@ class Layout:
         """The partition of a tensor with ``total`` planes. None: too few to split, so every rank holds all of them."""
         return _of(self.base, total)
 
+    def shares(self, total: int) -> Partition:
+        """Who makes which of ``total`` planes, where they may be too few to be held so: some ranks may have none."""
+        return _shares(self.base, total)
+
 
 @lru_cache(maxsize=4096)
 def _of(base: Partition, total: int) -> Partition | None:
     if total == base.total:
         return base
-    if total < COARSEST * base.ranks:
-        return None
+    found = None if total < COARSEST * base.ranks else _shares(base, total)
+    return found if found is not None and min(found.sizes) > 0 else None
+
+
+@lru_cache(maxsize=4096)
+def _shares(base: Partition, total: int) -> Partition:
     block = 1
     while 2 * block * ROOM * base.ranks <= total:
         block *= 2
-    cuts = [min(total, block * round(start * total / (base.total * block))) for start in (*base.starts, base.total)]
-    cuts[-1] = total
-    sizes = tuple(b - a for a, b in itertools.pairwise(cuts))
-    return Partition(sizes, base.dim) if min(sizes) > 0 else None
+    cuts = [min(total, block * round(start * total / (base.total * block))) for start in base.starts]
+    return Partition(tuple(b - a for a, b in pairwise([*cuts, total])), base.dim)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from patchreg.cascade import PreparedPair, Stage, cover
 from patchreg.datasets import Pair, WorldAugmentation
-from patchreg.distributed.communication import Pretended
+from patchreg.distributed.communication import Pretended, Traffic, counting
 from patchreg.distributed.convert import convert_sharded
 from patchreg.distributed.slab import Slab
 from patchreg.errors import InputError
@@ -47,6 +48,7 @@ class Setting:
         gpu: whether a GPU is accounted for, not a CPU.
         ranks: that share each pair (:class:`patchreg.distributed.GridParallelStrategy`); the peak is that of one which has
             neighbours on both sides, where any has.
+        reach: planes beyond its own that a rank samples from, because something is displaced so far.
     """
 
     grid: Grid
@@ -56,10 +58,13 @@ class Setting:
     augmentation: WorldAugmentation | None = None
     gpu: bool = True
     ranks: int = 1
+    reach: int = 4
 
     def shared(self) -> Grid:
         """The images' grid, or one rank's part of it."""
-        return Slab.of(self.grid, Pretended(min(1, self.ranks - 1), self.ranks)) if self.ranks > 1 else self.grid
+        if self.ranks == 1:
+            return self.grid
+        return Slab.of(self.grid, Pretended(1, self.ranks, self.reach))
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,12 @@ class Peak:
     Args:
         kinds: bytes of each of :data:`KINDS` at that moment; those that are zero are left out.
         host: bytes in host memory at most, where something is moved there.
+        sent: what a rank sends to those that share the pairs with it, parameters' gradients excepted.
     """
 
     kinds: dict[str, int]
     host: int = 0
+    sent: Traffic = field(default_factory=Traffic)
 
     @property
     def total(self) -> int:
@@ -100,9 +107,7 @@ def training_peak(module: RegistrationModule, setting: Setting) -> Peak:
     """
     fakes, log = Fakes(), MemoryLog(workspace)
     _without_numbers(module, fakes)
-    if setting.ranks > 1:
-        for stage in _stages(module):
-            convert_sharded(stage.network)
+    _share(module, setting)
     warp = _drawn(setting)
     module.train()
     with _account(module, setting, fakes, log):
@@ -111,17 +116,18 @@ def training_peak(module: RegistrationModule, setting: Setting) -> Peak:
         if setting.ranks > 1:
             _look_ahead(module, pairs, setting)
         log.start()
-        with _autocast(setting.precision):
-            prepared = [module.prepare(pair) for pair in pairs]
-            total, _ = module.loss(prepared)
-        for pair in prepared:
-            _label_images(pair, log)
-        del prepared, pair
-        total.backward()
+        with counting() as sent:
+            with _autocast(setting.precision):
+                prepared = [module.prepare(pair) for pair in pairs]
+                total, _ = module.loss(prepared)
+            for pair in prepared:
+                _label_images(pair, log)
+            del prepared, pair
+            total.backward()
         log.label("gradients", *(p.grad for p in module.parameters() if p.grad is not None))
         optimizer.step()
     module.zero_grad()
-    return Peak(log.at_peak({HOST}), sum(log.at_peak(KINDS).values()))
+    return Peak(log.at_peak({HOST}), sum(log.at_peak(KINDS).values()), sent)
 
 
 def inference_peak(module: RegistrationModule, setting: Setting) -> tuple[Peak, Peak]:
@@ -139,11 +145,15 @@ def inference_peak(module: RegistrationModule, setting: Setting) -> tuple[Peak, 
     """
     fakes, log = Fakes(), MemoryLog(workspace, kind="fields")
     _without_numbers(module, fakes)
+    _share(module, setting)
     for stage in _stages(module):
         _watch(stage, log)
     batch = module.patch_batch
     with _account(module, setting, fakes, log), torch.no_grad(), _few_patches(2 * batch):
-        fixed, moving = (module.cascade.prepare(_image(setting.grid, fakes)) for _ in range(2))
+        fixed, moving = (module.cascade.prepare(_image(setting.shared(), fakes)) for _ in range(2))
+        if setting.ranks > 1:
+            module.cascade.register(fixed, moving, batch=batch, passes=1)  # networks look ahead
+            log.start()
         found = module.cascade.register(fixed, moving, batch=batch, passes=1)
         _label_images(PreparedPair(fixed, moving), log)
         del found
@@ -177,10 +187,18 @@ def _account(module: nn.Module, setting: Setting, fakes: Fakes, log: MemoryLog) 
         ) from error
 
 
+def _share(module: RegistrationModule, setting: Setting) -> None:
+    """Let networks run on slabs where pairs are shared."""
+    if setting.ranks > 1:
+        for stage in _stages(module):
+            convert_sharded(stage.network)
+
+
 def _look_ahead(module: RegistrationModule, pairs: Sequence[Pair], setting: Setting) -> None:
     """Let networks see what they will run on, which they remember: not a part of a step."""
     with _autocast(setting.precision):
         module.loss([module.prepare(pair) for pair in pairs])
+    gc.collect()
 
 
 def _autocast(precision: torch.dtype | None) -> torch.autocast:

@@ -82,6 +82,17 @@ def test_options_are_passed_on_and_images_may_be_given(config, capsys):
     assert found["training"]["kinds"]["images"] > 2 * 4 * 200 * 160 * 180
 
 
+def test_pairs_may_be_shared_by_several_ranks(config, capsys):
+    strategy = {"class_path": "patchreg.distributed.GridParallelStrategy", "init_args": {"grid_parallel_size": 4}}
+    path = config(trainer={"max_steps": 1, "accelerator": "cpu", "devices": 4, "strategy": strategy, "logger": False})
+    shared, alone = run(capsys, "--config", path), run(capsys, "--config", path, "--ranks", "1")
+    assert (shared["ranks"], alone["ranks"]) == (4, 1)
+    activations = [found["training"]["kinds"]["activations"] for found in (shared, alone)]
+    assert activations[0] < 0.5 * activations[1]
+    assert main(["memory", "--config", path, "--ranks", "0"]) == 2
+    assert "--ranks" in capsys.readouterr().err
+
+
 def test_proposals_are_places_in_the_configuration_that_fit(config, capsys, tmp_path):
     path = config()
     needed = run(capsys, "--config", path)["training"]["needed"]
