@@ -6,9 +6,14 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from patchreg.cli.progress import progress_bars
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from patchreg.inference import Registration
 
 Subparsers = Any
 
@@ -59,18 +64,57 @@ def add_register(parsers: Subparsers) -> None:
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random patches (default: %(default)s)")
     _device(p)
+    p.add_argument(
+        "--devices",
+        type=int,
+        default=None,
+        metavar="N",
+        help="processes that share the images, each with a GPU of its own where there are some: for volumes that do not fit "
+        "one. Reads .nii and OME-Zarr by parts; writes .nii (.ome.zarr where the fixed image is) and affine.h5, no "
+        "transform.h5: 'patchreg apply' takes displacement.nii. Leave it out under torchrun and srun, which start the "
+        "processes (default: 1)",
+    )
     _common(p)
-    p.set_defaults(command=_register)
+    p.set_defaults(command=_register, staged=None)
 
 
 def _register(options: argparse.Namespace) -> None:
-    from patchreg.inference.pipeline import register
-    from patchreg.inference.pretrained import DEFAULT_MODEL
-    from patchreg.inference.refine import Refinement
+    from patchreg.cli.processes import check_devices, find_place, run_at, start
     from patchreg.io import staged_folder
 
-    with staged_folder(options.output) as out, progress_bars(not options.quiet) as progress:
-        found = register(  # the output is known to be writable before the work begins
+    place = find_place()
+    count = check_devices(options.devices, options.device, place)
+    if count == 1:
+        with staged_folder(options.output) as out:  # the output is known to be writable before the work begins
+            _registered(options, None).write(out)
+    elif place is None:
+        with staged_folder(options.output) as out:
+            start(count, _register_shared, argparse.Namespace(**{**vars(options), "staged": out}))
+    else:
+        run_at(place, _register_shared, options)
+    if place is None or place.rank == 0:
+        _tell(options)
+
+
+def _register_shared(group: dist.ProcessGroup, options: argparse.Namespace) -> None:
+    """What each of several processes does."""
+    from patchreg.inference.ranks import Ranks
+
+    if options.staged is not None:
+        _registered(options, group).write(options.staged)
+        return
+    with Ranks(group).folder(options.output) as out:
+        _registered(options, group).write(out)
+
+
+def _registered(options: argparse.Namespace, group: dist.ProcessGroup | None) -> Registration:
+    from patchreg.inference.pipeline import register
+    from patchreg.inference.pretrained import DEFAULT_MODEL
+    from patchreg.inference.ranks import Ranks
+    from patchreg.inference.refine import Refinement
+
+    with progress_bars(not options.quiet and Ranks(group).first) as progress:
+        return register(
             options.fixed,
             options.moving,
             model=options.model or DEFAULT_MODEL,
@@ -85,13 +129,19 @@ def _register(options: argparse.Namespace) -> None:
             passes=options.passes,
             refinement=Refinement(similarity=options.similarity),
             progress=progress,
+            group=group,
         )
-        found.write(out)
-    if not options.quiet:
-        s = found.summary["similarity"]
-        print(f"{s['measure']}: {s['before']:.3f} before, {s['affine']:.3f} affine, {s['after']:.3f} after; "
-              f"{found.summary['folding_percent']:.3f} % folded; {sum(found.summary['seconds'].values()):.1f} s")  # fmt: skip
-        print(f"results in {options.output}; look at {options.output / 'report.html'}")
+
+
+def _tell(options: argparse.Namespace) -> None:
+    """Print what was found."""
+    if options.quiet:
+        return
+    found = json.loads((options.output / "summary.json").read_text())
+    s = found["similarity"]
+    print(f"{s['measure']}: {s['before']:.3f} before, {s['affine']:.3f} affine, {s['after']:.3f} after; "
+          f"{found['folding_percent']:.3f} % folded; {sum(found['seconds'].values()):.1f} s")  # fmt: skip
+    print(f"results in {options.output}; look at {options.output / 'report.html'}")
 
 
 def add_apply(parsers: Subparsers) -> None:

@@ -20,14 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``patchreg``.
 
     Returns:
-        0 when the output is written and valid; 2 for wrong usage or bad input, told in one sentence on stderr.
+        0 when the output is written and valid; 2 for wrong usage or bad input, told in one sentence on stderr; 1 where
+        one of several processes crashed or was killed.
     """
     # Threads that spin while they wait slow a shared machine, and a training with loader processes, ten times and more.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given = list(sys.argv[1:] if arguments is None else arguments)
     verbose = any(a in ("-v", "--verbose") for a in given)
     training = bool(given) and given[0] in LIGHTNING
-    _set_up_logging(logging.DEBUG if verbose else logging.INFO if training else logging.WARNING)
+    set_up_logging(logging.DEBUG if verbose else logging.INFO if training else logging.WARNING)
     if training:
         return _reporting(lambda: _lightning(given), verbose)
     options = _parse(given)
@@ -52,7 +53,7 @@ def _lightning(arguments: list[str]) -> None:
 
 
 def _reporting(action: Callable[[], None], verbose: bool) -> int:
-    from patchreg.errors import PatchregError
+    from patchreg.errors import PatchregError, RankLost
 
     try:
         action()
@@ -60,7 +61,7 @@ def _reporting(action: Callable[[], None], verbose: bool) -> int:
         if verbose:
             logging.getLogger("patchreg").exception("where it happened")
         print(f"patchreg: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, RankLost) else 2
     except BrokenPipeError:  # the reader went away, as in `patchreg models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -70,7 +71,8 @@ def _reporting(action: Callable[[], None], verbose: bool) -> int:
     return 0
 
 
-def _set_up_logging(level: int) -> None:
+def set_up_logging(level: int) -> None:
+    """Let patchreg's messages from ``level`` on appear on stderr."""
     from rich.logging import RichHandler
 
     from patchreg.cli.progress import STDERR

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from patchreg.distributed import communication as comm
+from patchreg.distributed.fields import integrate
 from patchreg.distributed.halo import exchange_halo
 from patchreg.distributed.layout import COARSEST, Layout
 from patchreg.distributed.losses.measured import measured
@@ -20,10 +21,11 @@ from patchreg.distributed.sampler import warp
 from patchreg.distributed.sampling import along
 from patchreg.distributed.scope import Scope
 from patchreg.distributed.shards import gather, scatter, share
+from patchreg.distributed.upsampling import smooth_upsampled
 from patchreg.errors import InputError
 from patchreg.networks.surroundings import surrounded
 from patchreg.spatial import Grid, Volume
-from patchreg.spatial.held import index_map
+from patchreg.spatial.held import Box, index_map
 from patchreg.spatial.pooling import Blocks
 from patchreg.types import Interpolation, Padding, Shape3
 
@@ -70,16 +72,26 @@ class Slab(Grid):
     _whole: Grid
 
     @classmethod
-    def of(cls, whole: Grid, group: dist.ProcessGroup, dim: int | None = None) -> Grid:
+    def of(cls, whole: Grid, group: dist.ProcessGroup, dim: int | None = None, along: Tensor | None = None) -> Grid:
         """The slab of this rank, or the whole grid where it is too thin to be shared out.
 
         Args:
             whole: the grid.
             group: the ranks.
-            dim: 2, 3 or 4. None: the one along which the grid has most voxels, of equals the first.
+            dim: 2, 3 or 4. None: as ``along`` says.
+            along: (3,), a direction in the world: the dimension that runs that way most nearly. None, or where that one is too
+                thin: the one with most voxels, of equals the first.
         """
+        if dim is None and along is not None:
+            dim = 2 + int((whole.direction.T @ along).abs().argmax())
+            dim = None if partition_of(whole.shape, comm.size_of(group), dim) is None else dim
         found = partition_of(whole.shape, comm.size_of(group), dim)
         return whole if found is None else cls(whole, found, group)
+
+    @property
+    def across(self) -> Tensor:
+        """(3,): the direction in the world along which the volume is cut, of unit length."""
+        return self.whole.direction[:, self.partition.dim - 2]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Slab) and self.partition == other.partition and self.whole == other.whole
@@ -117,7 +129,7 @@ class Slab(Grid):
         return found[0], found[1], found[2]
 
     def share(self, grid: Grid) -> Grid:
-        return Slab.of(grid.whole, self.group)
+        return Slab.of(grid.whole, self.group, along=self.across)
 
     def scope(self) -> AbstractContextManager[object]:
         return surrounded(Scope(Layout(self.partition), self.group))
@@ -127,6 +139,12 @@ class Slab(Grid):
 
     def add_up(self, part: Tensor) -> Tensor:
         return comm.reduce_all(part.detach().to(self._messages(part), copy=True), "sum", self.group).to(part.device)
+
+    def largest(self, part: Tensor) -> Tensor:
+        return comm.reduce_all(part.detach().to(self._messages(part), copy=True), "max", self.group).to(part.device)
+
+    def alike(self, found: Tensor) -> Tensor:
+        return self.add_up(found if self.rank == 0 else torch.zeros_like(found))
 
     def gathered(self, data: Tensor) -> Tensor:
         if data.ndim == 4:
@@ -147,8 +165,6 @@ class Slab(Grid):
         return comm.control_device(self.group) if x.device.type == "cpu" else x.device
 
     def integrate(self, velocity: Tensor) -> Tensor:
-        from patchreg.distributed.fields import integrate
-
         return integrate(velocity, self.partition, group=self.group)
 
     def read(
@@ -179,28 +195,53 @@ class Slab(Grid):
     def pool(self, data: Tensor, factors: Shape3) -> tuple[Tensor, Grid]:
         dim, whole = self.partition.dim, self.whole
         blocks = [Blocks(n, f) for n, f in zip(whole.shape, factors, strict=True)]
-        own = blocks[dim - 2]
-        grid = whole.subsampled(factors, [b.start for b in blocks], [b.count for b in blocks])
-        parts, shared = self._shared(grid)
-        x = self._fetch(data, [own.reads(low, high) for low, high in parts])
-        low, high = parts[self.rank]
+        own, x = blocks[dim - 2], data[None]
         for other, block in enumerate(blocks, start=2):
-            x = block.mean(x, other, low, high) if other == dim else block.mean(x, other)
-        return x[0], shared
+            x = x if other == dim else block.mean(x, other)
+        made = Layout(self.partition).shares(own.count)
+        x = self._fetch(x, [own.reads(low, high) if low < high else None for low, high in made.spans])
+        if made.sizes[self.rank]:
+            x = own.mean(x, dim, *made.bounds(self.rank))
+        return self._held(x, made, whole.subsampled(factors, [b.start for b in blocks], [b.count for b in blocks]))
 
     def thin(self, data: Tensor, factors: Shape3) -> tuple[Tensor, Grid]:
-        whole = self.whole
-        i, j, k = ((f - 1) // 2 if n >= f else (n - 1) // 2 for f, n in zip(factors, whole.shape, strict=True))
-        start, axis = (i, j, k), self.partition.dim - 2
+        whole, axis = self.whole, self.partition.dim - 2
+        start = [(f - 1) // 2 if n >= f else (n - 1) // 2 for f, n in zip(factors, whole.shape, strict=True)]
         shape = [len(range(s, n, f)) for s, n, f in zip(start, whole.shape, factors, strict=True)]
-        parts, shared = self._shared(whole.subsampled(factors, start, shape))
-        first, step = start[axis], factors[axis]
-        x = self._fetch(data, [(first + step * low, first + step * (high - 1) + 1) for low, high in parts])
-        slices = [
-            slice(None, None, f) if d == axis else slice(s, None, f)
-            for d, (s, f) in enumerate(zip(start, factors, strict=True))
-        ]
-        return x[0][(slice(None), *slices)].contiguous(), shared
+        each = [slice(s, None, f) for s, f in zip(start, factors, strict=True)]
+        each[axis] = slice(None)
+        made, first, step = Layout(self.partition).shares(shape[axis]), start[axis], factors[axis]
+        spans = [(first + step * a, first + step * (b - 1) + 1) if a < b else None for a, b in made.spans]
+        x = self._fetch(data[(slice(None), *each)][None], spans)
+        each = [slice(None)] * 3
+        each[axis] = slice(None, None, step)
+        return self._held(x[(slice(None), slice(None), *each)], made, whole.subsampled(factors, start, shape))
+
+    def slabs(self, voxels: int) -> Iterator[tuple[Box, Grid]]:
+        """As for any grid, cut across the dimension that is shared out: all ranks have a part of each, as large for all."""
+        whole, own = self.whole, self.partition.dim - 2
+        axis = max((a for a in range(3) if a != own), key=whole.shape.__getitem__)
+        layer = max(self.partition.sizes) * whole.voxels // (whole.shape[own] * whole.shape[axis])
+        layers = max(1, voxels // layer)
+        for first in range(0, whole.shape[axis], layers):
+            start, shape, where = [0, 0, 0], list(whole.shape), [slice(None)] * 3
+            start[axis], shape[axis] = first, min(layers, whole.shape[axis] - first)
+            where[axis] = slice(first, first + shape[axis])
+            i, j, k = where
+            yield (i, j, k), Slab(whole.crop(start, shape), self.partition, self.group)
+
+    def with_neighbours(self, data: Tensor) -> tuple[Tensor, int, int]:
+        around = exchange_halo(data, self.partition, (1, 1), self.group, "nothing")
+        return around, self.partition.dim, min(1, self.partition.starts[self.rank])
+
+    def part_of(self, shape: Shape3) -> Shape3:
+        axis, found = self.partition.dim - 2, list(shape)
+        partition = Layout(self.partition).of(shape[axis])
+        found[axis] = shape[axis] if partition is None else partition.sizes[self.rank]
+        return found[0], found[1], found[2]
+
+    def smooth_upsampled(self, coarse: Tensor, shape: Shape3, sigma: float, truncate: float) -> Tensor:
+        return smooth_upsampled(coarse, shape, self.whole.shape, self.partition, self.group, sigma, truncate)
 
     def strided(self, step: int, start: Shape3) -> tuple[tuple[slice, slice, slice], Grid]:
         axis, cuts = self.partition.dim - 2, []
@@ -217,18 +258,19 @@ class Slab(Grid):
         partition = Partition(tuple(count for _, count in cuts), self.partition.dim)
         return (i, j, k), Slab(whole, partition, self.group)
 
-    def _shared(self, whole: Grid) -> tuple[list[Span], Grid]:
-        """The planes of another grid over the same box that every rank makes, and its grid; all where they are too few."""
-        total = whole.shape[self.partition.dim - 2]
-        partition = Layout(self.partition).of(total)
-        if partition is None:
-            return [(0, total)] * self.partition.ranks, whole
-        return list(partition.spans), Slab(whole, partition, self.group)
+    def _held(self, x: Tensor, made: Partition, whole: Grid) -> tuple[Tensor, Grid]:
+        """What every rank has made of another grid over the same box (1, C, ...): a slab, or all where planes are too few."""
+        if Layout(self.partition).of(made.total) is None:
+            return gather(x.contiguous(), made, self.group)[0], whole
+        return x[0].contiguous(), Slab(whole, made, self.group)
 
-    def _fetch(self, data: Tensor, spans: list[Span]) -> Tensor:
-        """The planes (1, C, ...) of every rank's span."""
-        widths = [(a - low, high - b) for (a, b), (low, high) in zip(self.partition.spans, spans, strict=True)]
-        return exchange_halo(data[None], self.partition, widths, self.group)
+    def _fetch(self, x: Tensor, spans: list[Span | None]) -> Tensor:
+        """The planes (1, C, ...) of every rank's span; None: nothing."""
+        own = self.partition.spans
+        widths = [
+            (0, a - b) if span is None else (a - span[0], span[1] - b) for (a, b), span in zip(own, spans, strict=True)
+        ]
+        return exchange_halo(x, self.partition, widths, self.group)
 
 
 def partition_of(shape: Shape3, ranks: int, dim: int | None = None) -> Partition | None:
@@ -247,18 +289,21 @@ def partition_of(shape: Shape3, ranks: int, dim: int | None = None) -> Partition
     return Partition.even(total, ranks, dim, block)
 
 
-def split_volume(volume: Volume, group: dist.ProcessGroup, dim: int | None = None) -> Volume:
+def split_volume(
+    volume: Volume, group: dist.ProcessGroup, dim: int | None = None, along: Tensor | None = None
+) -> Volume:
     """This rank's slab of a volume that every rank has; a copy, so that the volume can be freed.
 
     Args:
         volume: on the host, say.
         group: the ranks.
-        dim: 2, 3 or 4. None: the one along which the volume has most voxels.
+        dim: see :meth:`Slab.of`.
+        along: likewise: images of a pair that are cut the same way in the world reach fewer ranks.
 
     Returns:
         A volume on a :class:`Slab`; the volume itself where it has not two planes for every rank.
     """
-    grid = Slab.of(volume.grid, group, dim)
+    grid = Slab.of(volume.grid, group, dim, along)
     if not isinstance(grid, Slab):
         return volume
     data = grid.partition.cut(volume.batch, grid.rank)[0].clone(memory_format=torch.contiguous_format)

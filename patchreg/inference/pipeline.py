@@ -15,13 +15,17 @@ from typing import Any, Literal
 import torch
 
 import patchreg
-from patchreg.cascade import PatchCascade, Prepared
+from patchreg.cascade import PatchCascade, Prepared, Stage
+from patchreg.distributed.communication import Group
+from patchreg.distributed.convert import convert_sharded
 from patchreg.errors import InputError
 from patchreg.inference.initial import starting_points
+from patchreg.inference.inputs import read_images, read_initial
 from patchreg.inference.pretrained import DEFAULT_MODEL, load_model, model_identity
+from patchreg.inference.ranks import Ranks
 from patchreg.inference.refine import Refinement, contrast_agreement, refine_affine, refine_deformable, similarity
 from patchreg.inference.registration import Registration, folding_of
-from patchreg.io import Image, read_image, read_transform
+from patchreg.io import Image
 from patchreg.memory import peak_mib
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume, collapse
 from patchreg.types import Progress
@@ -53,8 +57,13 @@ def register(
     passes: int | None = None,
     refinement: Refinement | None = None,
     progress: Progress | None = None,
+    group: Group = None,
 ) -> Registration:
     """Register two images.
+
+    With a ``group`` its processes register one pair together, which none of them needs to have room for: each reads its
+    slab of every file (:func:`patchreg.io.open_slabs` says of which formats), and keeps its slab of every image, field and
+    step of the optimisation. All must call this with the same arguments, and then the same methods of what it returns.
 
     Args:
         fixed: the image whose space the result lies in: a path, a nibabel image or a torchio image, of any size,
@@ -75,36 +84,44 @@ def register(
         passes: times each deformable stage covers the image with other patches; more give a finer uncertainty.
         refinement: settings of the optimisation.
         progress: called with the step's name, parts done and parts in all.
+        group: the processes that share the images: a process group that sends from the host, too, or a mesh of one axis.
+            None: this process has all.
 
     Returns:
         The transform, and what can be made with it.
 
     Raises:
         InputError: an image, mask, model or setting that cannot be used; the message says which and what to do.
+        UnsupportedSharding: a network that cannot run on slabs.
     """
     if transform not in ("rigid", "affine", "deformable"):
         raise InputError(f"transform must be 'rigid', 'affine' or 'deformable', got {transform!r}")
     settings = refinement or Refinement()
-    clock = _Clock()
+    clock, ranks = _Clock(), Ranks(group)
     target = find_device(device)
     if target.type == "cuda":
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(target)
     with clock("read"):
-        images = _read(fixed, moving, fixed_mask, moving_mask, moving_labels)
-        start = _initial(initial_transform)
-    with clock("load model"):
+        images = read_images(fixed, moving, fixed_mask, moving_mask, moving_labels, ranks)
+        start = read_initial(initial_transform, ranks)
+    with clock("load model"), ranks.together():
         cascade = (model if isinstance(model, PatchCascade) else load_model(model)).to(target)
+        if ranks.group is not None:
+            for stage in cascade.stages:
+                if isinstance(stage, Stage) and stage.predicts != "affine":
+                    convert_sharded(stage.network)
         identity = {"name": "given as a module"} if isinstance(model, PatchCascade) else model_identity(model)
     with clock("prepare"):
-        store = storage_device(target, images.fixed.volume.grid, images.moving.volume.grid)
+        stores = ranks.all_of(storage_device(target, images.fixed.volume.grid, images.moving.volume.grid).type)
+        store = torch.device("cpu") if "cpu" in stores else target
         fixed_ready = cascade.prepare(images.fixed.volume.to(store), mask=_volume(images.fixed_mask, store))
         moving_ready = cascade.prepare(images.moving.volume.to(store), mask=_volume(images.moving_mask, store))
     with clock("affine"):
         starts = [("given", start)] if start is not None else starting_points(fixed_ready, moving_ready)
         best = _affine(cascade, fixed_ready, moving_ready, starts, transform, refine, settings, target, seed, progress)
     name, began, affine = best.name, dict(starts)[best.name], best.chain
-    if refine is None and not best.refined:
+    if refine is None and not best.refined and ranks.first:
         log.warning(
             "%s and %s differ in contrast (agreement %.2f): what the networks found is not refined on the pair; "
             "--refine does so all the same",
@@ -127,6 +144,7 @@ def register(
         total = collapse(found, images.fixed.volume.grid)
     fields = [t for t in total.transforms if isinstance(t, DisplacementField)]
     folding, jacobian_std = folding_of(total, fields[0].grid) if fields else (0.0, 0.0)
+    peaks = ranks.all_of(peak_mib(target))
     summary: dict[str, Any] = {
         "patchreg": patchreg.__version__,
         "fixed": images.fixed.path,
@@ -146,14 +164,17 @@ def register(
         "folding_percent": round(folding, 5),
         "log_jacobian_std": round(jacobian_std, 5),
         "seconds": clock.seconds,
-        "peak_memory_mib": peak_mib(target),
+        "peak_memory_mib": {kind: max(peak[kind] for peak in peaks) for kind in peaks[0]},
         "device": str(target),
+        "devices": ranks.count,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "lightning": version("lightning"),
         },
     }
+    if ranks.count > 1:
+        summary["peak_memory_mib_by_rank"] = peaks
     return Registration(
         total,
         total.affine_part(),
@@ -164,6 +185,7 @@ def register(
         fixed_ready.content,
         uncertainty,
         summary,
+        ranks,
     )
 
 
@@ -202,32 +224,6 @@ def storage_device(device: torch.device, *grids: Grid) -> torch.device:
     return device if needed < DEVICE_SHARE * free else torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class _Images:
-    fixed: Image
-    moving: Image
-    fixed_mask: Image | None
-    moving_mask: Image | None
-    moving_labels: Image | None
-
-
-def _read(fixed: Any, moving: Any, fixed_mask: Any, moving_mask: Any, moving_labels: Any) -> _Images:
-    def optional(source: Any, kind: Literal["mask", "labels"]) -> Image | None:
-        return None if source is None else read_image(source, kind)
-
-    return _Images(
-        read_image(fixed),
-        read_image(moving),
-        optional(fixed_mask, "mask"),
-        optional(moving_mask, "mask"),
-        optional(moving_labels, "labels"),
-    )
-
-
-def _initial(given: str | Path | Transform | None) -> Transform | None:
-    return read_transform(Path(given)) if isinstance(given, (str, Path)) else given
-
-
 def _volume(image: Image | None, device: torch.device) -> Volume | None:
     return None if image is None else image.volume.to(device)
 
@@ -259,6 +255,7 @@ def _affine(
     tried: list[_Start] = []
     for name, start in starts:
         found = cascade.register(fixed, moving, start, "affine", seed=seed, progress=progress).affine
+        found = _alike(found, fixed.volume.grid)
         if kind == "rigid":
             found = _rigid(found, start, fixed)
         agreement = contrast_agreement(fixed, moving, found, settings.affine_spacing_mm)
@@ -269,6 +266,12 @@ def _affine(
         likeness = similarity(fixed, moving, found, settings, settings.affine_spacing_mm)
         tried.append(_Start(name, found, likeness, agreement, chosen))
     return max(tried, key=lambda item: item.similarity)
+
+
+def _alike(chain: Transform, grid: Grid) -> Composite:
+    """The chain with the same affine maps in every process that shares a grid, as each ran the networks itself."""
+    parts = Composite([chain]).transforms
+    return Composite([Affine(grid.alike(part.matrix)) if isinstance(part, Affine) else part for part in parts])
 
 
 def _rigid(found: Transform, start: Transform, fixed: Prepared) -> Transform:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from patchreg.cascade import Prepared
 from patchreg.errors import InputError
 from patchreg.losses import LNCC, Diffusion, MutualInformation
-from patchreg.ops.windows import gaussian_smooth
-from patchreg.spatial import Affine, Composite, DisplacementField, MappedGrid, Transform, deformable_part
+from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform, deformable_part
 from patchreg.spatial.foreground import box_grid
-from patchreg.types import Progress, Shape3
+from patchreg.types import Progress
 
 AGREEMENT_WINDOW = 7
 
@@ -65,10 +64,10 @@ class Refinement:
 
 
 class _Level:
-    """A lattice with the fixed image on it, and the moving image to sample."""
+    """A lattice with the fixed image on it, and the moving image to sample; shared out as the fixed image is."""
 
     def __init__(self, fixed: Prepared, moving: Prepared, spacing: float, margin: float, device: torch.device) -> None:
-        self.grid = box_grid(fixed.content, fixed.volume.grid, margin, spacing)
+        self.grid = fixed.volume.grid.share(box_grid(fixed.content, fixed.volume.grid, margin, spacing))
         self.moving_mask = moving.mask
         self.moving = moving.at(spacing).to(device)
         here = MappedGrid.identity(self.grid)
@@ -85,7 +84,11 @@ class _Level:
                 seen = mapped.sample(self.moving_mask.to(self.fixed.device), mode="nearest") > 0
             mask = seen if mask is None else mask & seen
         assert mask is not None
-        return mask if bool(mask.any()) else None
+        return mask if bool(self.grid.largest(mask.any().float())) else None
+
+    def measure(self, loss: nn.Module, mapped: MappedGrid) -> Tensor:
+        """The similarity loss of the moving image at mapped points of the lattice."""
+        return self.grid.measure(loss, self.fixed, mapped.sample(self.moving), self.weight(mapped))
 
 
 def refine_affine(
@@ -115,7 +118,7 @@ def refine_affine(
     for step in range(settings.affine_iterations):
         matrix = _matrix(parameters * settings.affine_spacing_mm, radius, center)
         mapped = Composite([Affine(matrix), start]).on(level.grid)
-        value = loss(level.fixed, mapped.sample(level.moving), level.weight(mapped))
+        value = level.measure(loss, mapped)
         if float(value.detach()) < least:
             best, least = matrix.detach(), float(value.detach())
         optimizer.zero_grad()
@@ -123,7 +126,7 @@ def refine_affine(
         optimizer.step()
         if progress:
             progress("refining the affine map", step + 1, settings.affine_iterations)
-    return Affine(best)
+    return Affine(fixed.volume.grid.alike(best))
 
 
 def _matrix(p: Tensor, radius: float, center: Tensor) -> Tensor:
@@ -137,6 +140,28 @@ def _matrix(p: Tensor, radius: float, center: Tensor) -> Tensor:
         linear = linear @ torch.matrix_exp(symmetric)
     top = torch.cat([linear, (center - linear @ center + p[3:6])[:, None]], dim=1)
     return torch.cat([top, torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=p.dtype)])
+
+
+class _Correction:
+    """A displacement on a grid, given by a smoothed lattice of half as many points along each dimension.
+
+    Args:
+        grid: of the displacement; where it is a part, so are the parameters.
+        device: of the parameters.
+
+    Attributes:
+        parameters: in voxels of the grid, zero at first.
+        numbers: how many there are in all.
+    """
+
+    def __init__(self, grid: Grid, device: torch.device) -> None:
+        i, j, k = (max(2, math.ceil(n / 2)) for n in grid.whole.shape)
+        self.grid, self.shape, self.numbers = grid, (i, j, k), 3 * i * j * k
+        self.parameters = torch.zeros((1, 3, *grid.part_of(self.shape)), device=device, requires_grad=True)
+
+    def __call__(self) -> Tensor:
+        """(1, 3, I, J, K), mm."""
+        return self.grid.spacing[0] * self.grid.smooth_upsampled(self.parameters, self.shape, sigma=1.0, truncate=2.0)
 
 
 def refine_deformable(
@@ -153,7 +178,8 @@ def refine_deformable(
     level adds a correction on a lattice of world-aligned points, given by a smoothed lattice of twice the spacing and
     optimised by Adam for similarity plus ``regularity`` times the mean squared gradient of their sum in the world.
 
-    Memory: on the device about 20 floats a point of a level's lattice; where the fixed image is, 9 a point of ``u``.
+    Memory: on the device about 20 floats a point of a level's lattice; where the fixed image is, 9 a point of ``u``. Where
+    the fixed image is shared out over processes, so is all of that, with the state of Adam.
 
     References:
         Siebert et al. 2021 (ConvexAdam), arXiv:2112.03053, sec. 2.2, for Adam on a smoothed coarse lattice.
@@ -161,37 +187,27 @@ def refine_deformable(
     loss, rough = settings.loss(), Diffusion()
     finest = max(fixed.volume.grid.spacing) * 0.75
     given = [min(t.grid.spacing) for t in Composite([start]).transforms if isinstance(t, DisplacementField)]
-    whole = box_grid(
-        fixed.content,
-        fixed.volume.grid,
-        settings.margin_mm,
-        min(given + [max(s, finest) for s in settings.spacings_mm]),
-    )
+    spacing = min(given + [max(s, finest) for s in settings.spacings_mm])
+    whole = fixed.volume.grid.share(box_grid(fixed.content, fixed.volume.grid, settings.margin_mm, spacing))
     total, affine = deformable_part(start, whole)
     for number, (wanted, iterations) in enumerate(zip(settings.spacings_mm, settings.iterations, strict=True), start=1):
         level = _Level(fixed, moving, max(wanted, finest), settings.margin_mm, device)
         grid, name = level.grid, f"refining, level {number} of {len(settings.spacings_mm)}"
         u0 = DisplacementField(whole, total).on(grid).total_displacement_mm().to(device)
-        coarse = [max(2, math.ceil(n / 2)) for n in grid.shape]
-        parameters = torch.zeros((1, 3, *coarse), device=device, requires_grad=True)
-        spacing = grid.spacing[0]
-        optimizer = torch.optim.Adam([parameters], lr=settings.step_voxels, betas=(0.9, 0.99), eps=settings.flat)
-
-        def correction(p: Tensor, shape: Shape3 = grid.shape, spacing: float = spacing) -> Tensor:
-            smooth = gaussian_smooth(p, (1.0, 1.0, 1.0), truncate=2.0)
-            return spacing * F.interpolate(smooth, size=shape, mode="trilinear", align_corners=False)
-
+        correction = _Correction(grid, device)
+        optimizer = torch.optim.Adam(
+            [correction.parameters], lr=settings.step_voxels, betas=(0.9, 0.99), eps=settings.flat
+        )
         for step in range(iterations):
-            u = u0 + correction(parameters)
+            u = u0 + correction()
             mapped = MappedGrid(grid, torch.eye(4, dtype=torch.float64), u).then_affine(affine.matrix)
-            value = loss(level.fixed, mapped.sample(level.moving), level.weight(mapped))
-            cost = value + settings.regularity * rough(u, grid.spacing)
+            cost = level.measure(loss, mapped) + settings.regularity * grid.measure(rough, u, grid.spacing)
             optimizer.zero_grad()
-            (cost * parameters.numel()).backward()
+            (cost * correction.numbers).backward()
             optimizer.step()
             if progress:
                 progress(name, step + 1, iterations)
-        added = DisplacementField(grid, correction(parameters.detach()).to(total.device))
+        added = DisplacementField(grid, correction().detach().to(total.device))
         total = total + added.on(whole).total_displacement_mm()
     return Composite([DisplacementField(whole, total), affine])
 
@@ -201,23 +217,26 @@ def contrast_agreement(fixed: Prepared, moving: Prepared, transform: Transform, 
 
     The local correlations ``r`` in windows of 7 lattice points that lie inside both contents, as
     ``sum r |r| / sum r^2``. What lies at the contents' rim would always agree: there is an image on one side only.
+
+    The lattice is whole in every process: of a volume of 1 mm a lattice of 4 mm is a 64th, about ten times.
     """
     level = _Level(fixed, moving, spacing_mm, 0.0, torch.device("cpu"))
-    if min(level.grid.shape) < AGREEMENT_WINDOW:
+    grid = level.grid
+    if min(grid.whole.shape) < AGREEMENT_WINDOW:
         return 1.0
 
     def mean(x: Tensor) -> Tensor:
         return F.avg_pool3d(x, AGREEMENT_WINDOW, stride=AGREEMENT_WINDOW // 2)
 
     with torch.no_grad():
-        images = level.fixed, transform.on(level.grid).sample(level.moving)
+        images = [grid.gathered(x) for x in (level.fixed, transform.on(grid).sample(level.moving))]
         a, b = images
         covariance = mean(a * b) - mean(a) * mean(b)
         variances = [(mean(x * x) - mean(x).square()).clamp(min=0) for x in images]
         r = covariance / (variances[0] * variances[1] + 1e-5).sqrt()
         inside = torch.stack([mean((x > 0.05).float()) >= 0.9 for x in images]).all(dim=0)
         r = r[inside] if bool(inside.any()) else r
-        return float((r * r.abs()).sum() / r.square().sum().clamp(min=1e-12))
+        return float(grid.alike((r * r.abs()).sum() / r.square().sum().clamp(min=1e-12)))
 
 
 def similarity(
@@ -225,7 +244,6 @@ def similarity(
 ) -> float:
     """How alike the images are through a transform: mean LNCC, or mutual information in nats; larger is better."""
     level = _Level(fixed, moving, spacing_mm, settings.margin_mm, torch.device("cpu"))
-    mapped = transform.on(level.grid)
     with torch.no_grad():
-        value = float(settings.loss()(level.fixed, mapped.sample(level.moving), level.weight(mapped)))
+        value = float(level.grid.alike(level.measure(settings.loss(), transform.on(level.grid))))
     return 1 - value if settings.similarity == "lncc" else -value

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchreg.io import Image, Storage, staged_folder, write_image, write_transform, write_vectors
+from patchreg.inference.outputs import OutputFolder
+from patchreg.inference.ranks import Ranks
+from patchreg.io import Image, Storage, write_transform
 from patchreg.spatial import (
     Affine,
     Composite,
@@ -19,7 +21,6 @@ from patchreg.spatial import (
     Grid,
     Transform,
     Volume,
-    folding_percent,
     invert,
     jacobian_determinant,
 )
@@ -43,6 +44,8 @@ class Registration:
         uncertainty: standard deviation in mm between overlapping patches, on the last stage's lattice; None where
             nothing overlapped.
         summary: similarities, seconds by step, peak memory, folding, versions, seed, model.
+        ranks: the processes that found it together. Where there are several, images and fields lie on their slabs
+            (:class:`patchreg.distributed.slab.Slab`), and every method must be called by all.
     """
 
     transform: Composite
@@ -54,6 +57,7 @@ class Registration:
     content: Foreground
     uncertainty: Volume | None
     summary: dict[str, Any] = field(default_factory=dict)
+    ranks: Ranks = field(default_factory=Ranks)
 
     def moved(self) -> Volume:
         """The moving image on the fixed grid, float32, interpolated once."""
@@ -75,31 +79,42 @@ class Registration:
         ``moved.nii.gz``, ``moved_labels.nii.gz``, ``transform.h5``, ``displacement.nii.gz``,
         ``inverse_displacement.nii.gz``, ``uncertainty.nii.gz``, ``summary.json`` and ``report.html``.
 
+        Several processes write the images each its slab, as ``.nii``, or ``.ome.zarr`` where the fixed image is; and
+        ``affine.h5`` instead of ``transform.h5``, whose field one process would have to hold: ``displacement.nii`` is the
+        whole transform.
+
         Raises:
             OutputError: the folder cannot be written, or the disk is full.
         """
         target = Path(folder)
-        with staged_folder(target) as out:
+        with self.ranks.folder(target) as out:
             self.write(out)
         return target
 
     def write(self, out: Path) -> None:
         """Write the files of :meth:`save` into a folder that exists, one after the other."""
-        from patchreg.inference.report import write_report
+        from patchreg.inference.report import report_page
 
         fixed, moving = self.fixed.volume.grid, self.moving.volume.grid
-        write_image(out / "moved.nii.gz", self.moved(), self.fixed, self.moving.storage)
+        folder = OutputFolder(out, self.ranks, self.fixed.path.rstrip("/").endswith(".zarr"))
+        folder.image("moved", self.moved(), self.fixed.header, self.moving.storage)
         if self.moving_labels is not None:
-            write_image(out / "moved_labels.nii.gz", self.moved_labels(), self.fixed, label_storage(self.moving_labels))
-        write_transform(out / "transform.h5", self.transform)
-        write_vectors(out / "displacement.nii.gz", displacement_on(self.transform, fixed), fixed, self.fixed.header)
+            folder.image("moved_labels", self.moved_labels(), self.fixed.header, label_storage(self.moving_labels))
+        name, linear = ("transform.h5", self.transform) if self.ranks.group is None else ("affine.h5", self.affine)
+        folder.by_first(lambda path: write_transform(path / name, linear))
+        folder.vectors("displacement", displacement_on(self.transform, fixed), fixed, self.fixed.header)
         back, residual = inverse_on(self.transform, moving)
-        write_vectors(out / "inverse_displacement.nii.gz", back, moving, self.moving.header)
+        folder.vectors("inverse_displacement", back, moving, self.moving.header)
         if self.uncertainty is not None:
-            write_image(out / "uncertainty.nii.gz", self.uncertainty, self.fixed)
+            folder.image("uncertainty", self.uncertainty, self.fixed.header)
         self.summary["inverse_residual_mm"] = residual
-        (out / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
-        write_report(out / "report.html", self)
+        page = report_page(self)
+        folder.by_first(lambda path: _write_text(path, json.dumps(self.summary, indent=2) + "\n", page))
+
+
+def _write_text(folder: Path, summary: str, page: str) -> None:
+    (folder / "summary.json").write_text(summary)
+    (folder / "report.html").write_text(page)
 
 
 def label_storage(image: Image) -> Storage:
@@ -121,7 +136,7 @@ def resample(volume: Volume, transform: Transform, grid: Grid, mode: Interpolati
     for where, slab in grid.slabs(SLAB_VOXELS):
         mapped = transform.on(slab)
         values = mapped.sample(volume, mode=mode, padding="border")
-        out[:, where] = torch.where(mapped.inside(volume.grid), values, torch.zeros((), dtype=values.dtype))[0]
+        out[:, *where] = torch.where(mapped.inside(volume.grid), values, torch.zeros((), dtype=values.dtype))[0]
     return Volume(out, grid, volume.name)
 
 
@@ -129,7 +144,7 @@ def displacement_on(transform: Transform, grid: Grid) -> Tensor:
     """``T(x) - x`` at every voxel of a grid, (1, 3, I, J, K) mm, slab by slab."""
     out = torch.empty((1, 3, *grid.shape))
     for where, slab in grid.slabs(SLAB_VOXELS):
-        out[:, :, where] = transform.on(slab).total_displacement_mm()
+        out[:, :, *where] = transform.on(slab).total_displacement_mm()
     return out
 
 
@@ -145,4 +160,8 @@ def folding_of(transform: Composite, grid: Grid) -> tuple[float, float]:
     if not fields:
         return 0.0, 0.0
     determinant = jacobian_determinant(transform.on(grid))
-    return folding_percent(determinant), float(determinant.clamp(min=1e-6).log().std())
+    voxels, folded = grid.whole.voxels, grid.add_up((determinant <= 0).sum(dtype=torch.float64))
+    logarithm = determinant.clamp(min=1e-6).log_()
+    mean = grid.add_up(logarithm.sum(dtype=torch.float64)) / voxels
+    variance = grid.add_up((logarithm - mean.float()).square_().sum(dtype=torch.float64)) / max(1, voxels - 1)
+    return 100 * float(folded) / voxels, float(variance.sqrt())

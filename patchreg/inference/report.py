@@ -34,18 +34,16 @@ Uncertainty: how far overlapping patches of the last stage disagree. For researc
 """
 
 
-def write_report(path: Path, registration: Registration) -> None:
-    """Write one HTML file that needs no other."""
+def report_page(registration: Registration) -> str:
+    """One HTML page that needs no other file."""
     r = registration
     figure = registration_figure(r.fixed.volume, r.moving.volume, r.initial, r.transform, r.content, r.uncertainty)
     title = f"{Path(r.moving.path).name} onto {Path(r.fixed.path).name}"
-    path.write_text(
-        _PAGE.format(
-            title=html.escape(title),
-            table=_table(r.summary),
-            picture=base64.b64encode(png(figure)).decode(),
-            summary=html.escape(json.dumps(r.summary, indent=2)),
-        )
+    return _PAGE.format(
+        title=html.escape(title),
+        table=_table(r.summary),
+        picture=base64.b64encode(png(figure)).decode(),
+        summary=html.escape(json.dumps(r.summary, indent=2)),
     )
 
 

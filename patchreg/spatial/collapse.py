@@ -21,7 +21,7 @@ def collapse(transform: Transform, fixed: Grid) -> Composite:
     if not fields:
         return Composite([composite.affine_part()])
     finest = min(min(t.grid.spacing) for t in fields) / 2
-    grid = _field_grid(fixed, [max(finest, s) for s in fixed.spacing])
+    grid = fixed.share(_field_grid(fixed.whole, [max(finest, s) for s in fixed.spacing]))
     u, affine = deformable_part(composite, grid)
     return Composite([DisplacementField(grid, u.cpu()), affine])
 

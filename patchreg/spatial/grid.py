@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,13 +162,6 @@ class Grid(Held):
     def moved(self, matrix: Tensor) -> Grid:
         """The grid carried through the world by a (4, 4) matrix."""
         return Grid(self.shape, matrix.to(torch.float64) @ self.affine)
-
-    def slabs(self, voxels: int) -> Iterator[tuple[slice, Grid]]:
-        """Cut along the first dimension into slabs of at most ``voxels`` voxels (at least one layer)."""
-        layers = max(1, voxels // max(1, self.shape[1] * self.shape[2]))
-        for start in range(0, self.shape[0], layers):
-            stop = min(start + layers, self.shape[0])
-            yield slice(start, stop), self.crop((start, 0, 0), (stop - start, *self.shape[1:]))
 
 
 def check_affine(matrix: Tensor) -> None:

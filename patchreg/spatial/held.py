@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from patchreg import ops
+from patchreg.ops.windows import gaussian_smooth
 from patchreg.spatial.pooling import Blocks
 from patchreg.types import Interpolation, Padding, Shape3
 
 if TYPE_CHECKING:
     from patchreg.spatial.grid import Grid
+
+Box: TypeAlias = tuple[slice, slice, slice]
+"""Voxels of a lattice (I, J, K)."""
 
 
 class Held:
@@ -54,6 +59,18 @@ class Held:
     def add_up(self, part: Tensor) -> Tensor:
         """The sum of what every process has found; no gradient passes."""
         return part
+
+    def largest(self, part: Tensor) -> Tensor:
+        """The largest of what every process has found, element by element; no gradient passes."""
+        return part
+
+    def alike(self, found: Tensor) -> Tensor:
+        """What every process has found for itself, exactly the same in all: that of the first. No gradient passes.
+
+        A GPU may round the same computation otherwise than its neighbour. What decisions are made upon, and what says
+        where patches lie, must not differ.
+        """
+        return found
 
     def gathered(self, data: Tensor) -> Tensor:
         """All of a tensor of which this process holds the part on this grid: (C, I, J, K) or (B, C, I, J, K)."""
@@ -124,6 +141,39 @@ class Held:
         thinned = data[:, i, j, k].contiguous()
         return thinned, self.whole.subsampled(factors, start, thinned.shape[1:])
 
+    def slabs(self, voxels: int) -> Iterator[tuple[Box, Grid]]:
+        """Cut into slabs of at most ``voxels`` voxels (at least one layer): where each lies on this grid, and its grid."""
+        grid = self.whole
+        layers = max(1, voxels // max(1, grid.shape[1] * grid.shape[2]))
+        for start in range(0, grid.shape[0], layers):
+            stop = min(start + layers, grid.shape[0])
+            where = (slice(start, stop), slice(None), slice(None))
+            yield where, grid.crop((start, 0, 0), (stop - start, *grid.shape[1:]))
+
+    def with_neighbours(self, data: Tensor) -> tuple[Tensor, int, int]:
+        """(B, C, I, J, K) with a plane of what others hold on either side, as far as there is one; the dimension along
+        which they lie, and how many come before this grid's own."""
+        return data, 2, 0
+
+    def part_of(self, shape: Shape3) -> Shape3:
+        """The voxels that this process holds of a lattice of another shape over the same box."""
+        return shape
+
+    def smooth_upsampled(self, coarse: Tensor, shape: Shape3, sigma: float, truncate: float) -> Tensor:
+        """Another lattice over the same box, smoothed, and interpolated linearly at the points of this one.
+
+        Args:
+            coarse: (B, C, i, j, k); where this grid is a part, what :meth:`part_of` says of it.
+            shape: of the whole other lattice.
+            sigma: of the Gaussian, in its voxels.
+            truncate: sigmas after which it ends.
+
+        Returns:
+            (B, C, I, J, K).
+        """
+        smooth = gaussian_smooth(coarse, (sigma,) * 3, truncate)
+        return F.interpolate(smooth, size=self.whole.shape, mode="trilinear", align_corners=False)
+
     def strided(self, step: int, start: Shape3) -> tuple[tuple[slice, slice, slice], Grid]:
         """Which voxels are every ``step``-th along each dimension, from the whole grid's voxel ``start``; their grid."""
         grid = self.whole
@@ -134,7 +184,7 @@ class Held:
 
 def mean_of_blocks(x: Tensor, factors: Shape3, padding: list[int]) -> Tensor:
     """Means of (1, C, I, J, K) over blocks; (C, i, j, k)."""
-    return torch.nn.functional.avg_pool3d(x, factors, padding=padding, count_include_pad=False, ceil_mode=True)[0]
+    return F.avg_pool3d(x, factors, padding=padding, count_include_pad=False, ceil_mode=True)[0]
 
 
 def index_map(onto: Grid, matrix: Tensor, target: Grid) -> tuple[Tensor, Tensor]:

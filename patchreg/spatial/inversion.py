@@ -15,6 +15,9 @@ from patchreg.spatial.transforms import Affine, Composite, DisplacementField, Tr
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 2**22
+"""Voxels that are solved together."""
+
 FEW = 0.2
 """Share of unsolved points from which on they are solved by themselves, and not with all the others."""
 
@@ -43,11 +46,11 @@ def invert(
 
     With ``A`` the affine part of ``T``, ``x <- x + A^-1 (y - T(x))`` from ``x = A^-1 y``; it converges where the
     deformable part is a contraction, and a point that a step made worse takes half that step next. A fine grid starts
-    from the solution on a coarse one.
+    from the solution on a coarse one, and is solved slab by slab.
 
     Args:
         transform: ``T``.
-        grid: the points ``y``.
+        grid: the points ``y``; of a part of a larger one all who hold parts must call this.
         tolerance_mm: stop when at most one residual in ten thousand is larger.
         iterations: stop after this many.
         coarse_mm: spacing of the coarse grid; grids not much finer are solved at once.
@@ -61,18 +64,22 @@ def invert(
     """
     affine = transform if isinstance(transform, Affine) else Composite([transform]).affine_part()
     back = affine.inverse().matrix.detach()
-    start = torch.zeros((1, 3, *grid.shape))
-    coarse = grid.with_spacing([max(s, coarse_mm) for s in grid.spacing])
-    if coarse.voxels * 4 < grid.voxels:
-        first = _iterate(transform, back, coarse, torch.zeros((1, 3, *coarse.shape)), tolerance_mm, iterations)[0]
-        mapped = DisplacementField(coarse, first).on(grid)
-        assert mapped.displacement_mm is not None
-        start = mapped.displacement_mm
-    best, mean, worst, done = _iterate(transform, back, grid, start, tolerance_mm, iterations)
+    coarse = grid.share(grid.whole.with_spacing([max(s, coarse_mm) for s in grid.spacing]))
+    first: DisplacementField | None = None
+    if coarse.whole.voxels * 4 < grid.whole.voxels:
+        zero = torch.zeros((1, 3, *coarse.shape))
+        first = DisplacementField(coarse, _iterate(transform, back, coarse, zero, tolerance_mm, iterations)[0])
+    total = torch.empty((1, 3, *grid.shape))
+    mean, worst, most = 0.0, 0.0, 0
+    for where, slab in grid.slabs(AT_ONCE):
+        start = torch.zeros((1, 3, *slab.shape)) if first is None else first.resampled(slab).displacement_mm
+        best, its_mean, its_worst, done = _iterate(transform, back, slab, start, tolerance_mm, iterations)
+        total[:, :, *where] = MappedGrid(slab, back, best).total_displacement_mm()
+        mean += its_mean * slab.whole.voxels / grid.whole.voxels
+        worst, most = max(worst, its_worst), max(most, done)
     if worst > tolerance_mm:
-        log.info("inverse: residual %.3g mm mean, %.3g mm at worst after %d iterations", mean, worst, done)
-    total = MappedGrid(grid, back, best).total_displacement_mm()
-    return Inversion(total, mean, worst, done)
+        log.info("inverse: residual %.3g mm mean, %.3g mm at worst after %d iterations", mean, worst, most)
+    return Inversion(total, mean, worst, most)
 
 
 @torch.no_grad()
@@ -85,27 +92,31 @@ def _iterate(
     mean, done, stalled = float("inf"), 0, 0
     while done < iterations:
         done += 1
-        mapped = transform.map(MappedGrid(grid, back, e))
-        residual = -mapped.total_displacement_mm()  # y - T(x)
-        size = residual.square().sum(dim=1, keepdim=True).sqrt()
+        residual = transform.map(MappedGrid(grid, back, e)).total_displacement_mm().neg_()  # y - T(x)
+        size = residual.norm(dim=1, keepdim=True)
         better = size < least
         best = torch.where(better, e, best)
         step = torch.where(better, (step * 1.2).clamp(max=1.0), step * 0.5)
         least = torch.minimum(size, least)
-        before, mean = mean, float(least.mean())
+        before, mean = mean, _mean(least, grid)
         stalled = stalled + 1 if mean > 0.98 * before else 0
         unsolved = least[0, 0] > tolerance_mm
-        share = float(unsolved.float().mean())
+        share = _mean(unsolved, grid)
         if stalled == 3 or share <= 1e-4:
             break
-        if share < FEW:
+        if share < FEW and not grid.is_part:  # the points of one process may lie anywhere in what others hold
             x, size, done = _solve_points(transform, back, grid, best, unsolved, tolerance_mm, done, iterations)
             best, least = best.clone(), least.clone()
             best[0][:, unsolved], least[0, 0][unsolved] = x, size
-            mean = float(least.mean())
+            mean = _mean(least, grid)
             break
         e = e + apply_linear(back[:3, :3], step * residual)
-    return best, mean, float(least.max()), done
+    return best, mean, float(grid.largest(least.max())), done
+
+
+def _mean(values: Tensor, grid: Grid) -> float:
+    """Over all of the grid, whoever holds it."""
+    return float(grid.add_up(values.sum(dtype=torch.float64))) / grid.whole.voxels
 
 
 def _solve_points(

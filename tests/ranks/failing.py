@@ -21,6 +21,6 @@ def die(group, options):
 
 def raise_error(group, options):
     """A mistake in the program."""
-    if group.rank() == 1:
+    if group.rank() == 0:
         raise KeyError("what nobody thought of")
     group.barrier().wait()
