@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def step(name: str, whole: Grid, group: dist.ProcessGroup | None) -> dict[str, A
 
 
 def run(module: RegistrationModule, grid: Grid, name: str) -> float:
-    """Images made, loss and gradients taken."""
+    """Images made, loss and gradients taken, with the same random numbers every time."""
+    torch.manual_seed(1)
     pair = Pair(image(grid, 0.0), image(grid, 0.4), name=name)
     total, _ = module.loss([module.prepare(pair)])
     total.backward()
@@ -168,7 +170,11 @@ def main() -> None:
         processes = [context.Process(target=work, args=(rank, *arguments)) for rank in range(options.ranks)]
         for process in processes:
             process.start()
-        rows = with_ratios(answer.get(timeout=7200))
+        while answer.empty() and all(process.exitcode in (None, 0) for process in processes):
+            time.sleep(1)
+        if answer.empty():
+            raise SystemExit("a process failed: see above")
+        rows = with_ratios(answer.get())
         for process in processes:
             process.join()
     print(table(rows, list(rows[0])))
