@@ -7,8 +7,9 @@ scaling splits one volume over more ranks; weak scaling gives every rank as many
 and talk by Gloo; what is counted are bytes, which are the same on GPUs: the tensors that live, without the weights. Times
 are not reported: all ranks share one processor here.
 
-Correctness first: the loss and the gradients of all weights, added up over the ranks, must be those of one process. (Those
-of biases are sums over all voxels that nearly cancel: in float32 their last digits depend on the order.)
+Correctness first: the loss, and the norm of the gradients of all weights, added up over the ranks, must be those of one
+process. The norm to 1e-3: in float32 TransMorph's gradients here are that far from those in float64, in one process and in
+several. (Tests compare every gradient in float64.)
 The last column is what ``patchreg memory --ranks N`` estimates without running anything.
 """
 
@@ -110,9 +111,9 @@ def measure(name: str, kind: str, shape: list[int], ranks: int, group: dist.Proc
         return None
     if kind == "strong" or ranks == 1:
         alone = step(name, whole, None)
-        for what in ("loss", "gradient"):
+        for what, most in (("loss", 1e-5), ("gradient", 1e-3)):
             wrong = abs(mine[what] - alone[what]) / abs(alone[what])
-            assert wrong < 1e-5, f"{name}: the {what} of {ranks} ranks is off by {wrong:.1e}"
+            assert wrong < most, f"{name}: the {what} of {ranks} ranks is off by {wrong:.1e}"
     estimate = training_peak(module_of(name), Setting(whole, gpu=False, ranks=ranks)).kinds
     weights = sum(estimate.get(part, 0) for part in ("weights", "optimizer"))
     return {
