@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchreg.cascade.prepared import Prepared
 from patchreg.cascade.stage import Stage
+from patchreg.errors import InputError
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform
 
 
@@ -95,16 +96,17 @@ def run_chain(
     Yields:
         One output a stage and repeat; none for frozen stages.
     """
+    shared = shared_grid([image for pair in pairs for image in (pair.fixed, pair.moving)])
     links = [_Link(pair, None, pair.initial) for pair in pairs]
     for index, stage in enumerate(stages):
         links = [
-            _Link(link.pair, _place(stage, link, generator), link.transform)
+            _Link(link.pair, _place(stage, link, shared, generator), link.transform)
             for link in links
             for _ in range(stage.patches)
         ]
         for _ in range(stage.repeats):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not stage.frozen):
-                output = _run(index, stage, links)
+                output = _run(index, stage, links, shared)
             links = [
                 _Link(link.pair, link.grid, t.detach() if stop_gradients else t)
                 for link, t in zip(links, output.transforms, strict=True)
@@ -114,23 +116,31 @@ def run_chain(
             del output  # or its activations would live on while the next stage runs
 
 
-def _place(stage: Stage, link: _Link, generator: torch.Generator | None) -> Grid:
-    """A patch for a link of the chain. Where the image is shared out, so are the patches of deformable stages."""
+def shared_grid(images: Sequence[Prepared]) -> Grid:
+    """The grid of an image that is shared out among processes, by which patches are, too; of the first where none is."""
+    grids = [image.volume.grid for image in images]
+    return next((grid for grid in grids if grid.is_part), grids[0])
+
+
+def _place(stage: Stage, link: _Link, shared: Grid, generator: torch.Generator | None) -> Grid:
+    """A patch for a link of the chain. Where images are shared out, so are the patches of deformable stages."""
     grid = link.pair.fixed.volume.grid
     parent = None if link.grid is None else link.grid.whole
     patch = stage.draw(link.pair.fixed.content, grid, parent, generator)
-    return patch.whole if stage.predicts == "affine" else patch if patch.is_part else grid.share(patch)
+    return patch.whole if stage.predicts == "affine" else patch if patch.is_part else shared.share(patch)
 
 
-def _run(index: int, stage: Stage, links: Sequence[_Link]) -> StageOutput:
+def _run(index: int, stage: Stage, links: Sequence[_Link], shared: Grid) -> StageOutput:
     pairs, grids = [link.pair for link in links], [link.grid for link in links if link.grid is not None]
     fixed_points = [pair.fixed_warp.on(grid) for pair, grid in zip(pairs, grids, strict=True)]
     fixed = _patches(fixed_points, [pair.fixed for pair in pairs])
     before = [link.transform.on(grid) for link, grid in zip(links, grids, strict=True)]
-    answer = stage.predict(fixed, _patches(before, [pair.moving for pair in pairs]), grids)
-    if not grids[0].is_part:
-        fixed_grid, moving_grid = pairs[0].fixed.volume.grid, pairs[0].moving.volume.grid
-        answer = (fixed_grid if fixed_grid.is_part else moving_grid).of_all(answer)  # either may be too thin to be cut
+    moving = _patches(before, [pair.moving for pair in pairs])
+    if any(grid.is_part for grid in grids):
+        _check_alike(grids, pairs)
+        answer = stage.predict(fixed, moving, grids)
+    else:  # every process sees all of the patches, and has a share of the gradients
+        answer = shared.of_all(stage.predict(fixed, shared.for_part(moving), grids))
     transforms: list[Transform] = []
     for link, grid, a in zip(links, grids, answer, strict=True):
         step = Affine(a) if stage.predicts == "affine" else DisplacementField(grid, a[None])
@@ -138,6 +148,15 @@ def _run(index: int, stage: Stage, links: Sequence[_Link]) -> StageOutput:
     mapped = [t.on(grid) for t, grid in zip(transforms, grids, strict=True)]
     update = None if stage.predicts == "affine" else answer
     return StageOutput(index, pairs, grids, fixed, update, fixed_points, mapped, transforms)
+
+
+def _check_alike(grids: Sequence[Grid], pairs: Sequence[PreparedPair]) -> None:
+    """Raise unless the patches of a batch are cut the same way."""
+    if len({(getattr(grid, "partition", None)) for grid in grids}) > 1:
+        names = ", ".join(dict.fromkeys(pair.fixed.volume.name or str(pair.fixed.volume.grid) for pair in pairs))
+        raise InputError(
+            f"{names}: images of one batch are stored so differently that they cannot be cut the same way; set batch_size: 1"
+        )
 
 
 def _patches(points: Sequence[MappedGrid], images: Sequence[Prepared]) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchreg.cascade.chain import PreparedPair
+from patchreg.cascade.chain import PreparedPair, shared_grid
 from patchreg.cascade.stage import Stage
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, Transform, Volume
 from patchreg.spatial.patches import Blend, tile, window
@@ -64,7 +64,7 @@ def cover_all(
         if stage.predicts == "affine":
             lattice = lattice.whole
         elif not lattice.is_part:
-            lattice = pair.fixed.volume.grid.share(lattice)
+            lattice = shared_grid([pair.fixed, pair.moving]).share(lattice)
         for _ in range(stage.repeats):
             if stage.predicts == "affine":
                 chain = Composite([_affine(stage, pair, chain, lattice, device), chain])
@@ -103,7 +103,7 @@ def _cover(
     blend = Blend.empty(lattice, pair.fixed.volume.device)
     for done in range(0, len(starts), batch):
         some = starts[done : done + batch]
-        share = pair.fixed.volume.grid.share
+        share = shared_grid([pair.fixed, pair.moving]).share
         grids = [lattice if patch == whole.shape else share(whole.crop(start, patch)) for start in some]
         fixed, moving = _patches(pair, chain, grids, device)
         answer = stage.predict(fixed, moving, grids)

@@ -131,6 +131,19 @@ def control_device(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def check_sends_from(device: torch.device, group: dist.ProcessGroup) -> None:
+    """Raise unless the group can send tensors of a device from one rank to another.
+
+    Raises:
+        InputError: it cannot; Gloo alone takes no messages from GPUs.
+    """
+    if device.type == "cuda" and "cuda:nccl" not in dist.get_backend_config(group):
+        raise InputError(
+            f"the processes are connected by {dist.get_backend_config(group)}, which sends nothing from GPU to GPU: "
+            "use init_process_group('cpu:gloo,cuda:nccl')"
+        )
+
+
 _awake: weakref.WeakKeyDictionary[dist.ProcessGroup, set[torch.device]] = weakref.WeakKeyDictionary()
 
 

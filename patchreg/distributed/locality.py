@@ -22,6 +22,7 @@ from patchreg.distributed.operators import (
     Mark,
     NotLocal,
     is_random,
+    keeps_constants,
     mark_of,
     rule_of,
     set_mark,
@@ -84,7 +85,7 @@ class Locality(TorchDispatchMode):
         name = func.overloadpacket.__name__
         given = Arguments(func, args, kwargs, None)
         if not given.marked:
-            constant = not is_random(func) and all(mark_of(t) == CONSTANT for t in given.tensors)
+            constant = keeps_constants(func) and all(mark_of(t) == CONSTANT for t in given.tensors)
             out = self._run(func, args, kwargs)
             for tensor in Arguments(func, args, kwargs, out).outs:
                 set_mark(tensor, CONSTANT if constant and (given.tensors or name in CONSTANTS) else None)

@@ -94,6 +94,22 @@ def set_mark(tensor: Tensor, mark: Mark | str | None) -> None:
 CONSTANTS = {"zeros", "ones", "full", "empty", "empty_strided", "empty_memory_format", "scalar_tensor"}
 
 
+KEEPERS = {
+    "alias", "clone", "detach", "expand", "fill", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like",
+    "permute", "reshape", "select", "slice", "squeeze", "t", "_to_copy", "transpose", "unsqueeze", "_unsafe_view", "view",
+    "zeros_like", "empty_like", "lift_fresh",
+}  # fmt: skip
+"""Operators that make of one number everywhere one number everywhere, beside those that work number by number."""
+
+
+def keeps_constants(func: Any) -> bool:
+    """Whether an operator makes, of tensors that have one number everywhere, such a tensor, whatever its shape."""
+    name = func.overloadpacket.__name__
+    if is_random(func):
+        return False
+    return torch.Tag.pointwise in func.tags or name in CONSTANTS or name.removesuffix("_") in KEEPERS
+
+
 def is_random(func: Any) -> bool:
     """Whether an operator draws numbers."""
     return torch.Tag.nondeterministic_seeded in func.tags

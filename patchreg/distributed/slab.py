@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -249,7 +249,10 @@ class Slab(Grid):
             first = start[axis] + step * max(0, -(-(low - start[axis]) // step))
             cuts.append((first, len(range(first, high, step))))
         if min(count for _, count in cuts) < 1:
-            raise InputError(f"a stride of {step} voxels leaves a rank none of its {self.partition.sizes} planes")
+            raise InputError(
+                f"every {step}th plane leaves a rank none of the slabs {self.partition.sizes}: take a smaller overlap_stride, or "
+                "fewer ranks"
+            )
         shape = [len(range(s, n, step)) for s, n in zip(start, self.whole.shape, strict=True)]
         whole = self.whole.subsampled((step,) * 3, start, shape)
         local = list(start)
@@ -284,9 +287,15 @@ def partition_of(shape: Shape3, ranks: int, dim: int | None = None) -> Partition
     if ranks == 1 or total < COARSEST * ranks:
         return None
     block = BLOCK
-    while block > 1 and max(Partition.even(total, ranks, dim, block).sizes) > 1.05 * total / ranks:
+    while block > 1 and not _alike(Partition.even(total, ranks, dim, block).sizes):
         block //= 2
     return Partition.even(total, ranks, dim, block)
+
+
+def _alike(sizes: Sequence[int]) -> bool:
+    """Whether no slab is a twentieth larger or smaller than the mean."""
+    mean = sum(sizes) / len(sizes)
+    return 0.95 * mean <= min(sizes) and max(sizes) <= 1.05 * mean
 
 
 def split_volume(

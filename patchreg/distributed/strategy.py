@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from patchreg.cascade import PatchCascade
 from patchreg.datasets.share import draw_as
 from patchreg.distributed.batches import share_out
+from patchreg.distributed.communication import check_sends_from
 from patchreg.distributed.convert import convert_sharded
 from patchreg.distributed.failures import Guard, Training
 from patchreg.distributed.gradients import Hook, mean_of_sums
@@ -156,6 +157,8 @@ class GridParallelStrategy(DDPStrategy):
             raise InputError(f"{dist.get_world_size()} processes are connected, the trainer has {self._world}")
         if self._mesh is None:
             self._mesh = self._make_mesh()
+        if self.grid_parallel_size > 1:
+            check_sends_from(self.root_device, self.grid_group)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._mesh
         draw_as(self.data_rank)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 
 import patchreg
-from patchreg.cascade import PatchCascade, Prepared, Stage
-from patchreg.distributed.communication import Group
+from patchreg.cascade import PatchCascade, Prepared, Stage, shared_grid
+from patchreg.distributed.communication import Group, check_sends_from
 from patchreg.distributed.convert import convert_sharded
 from patchreg.errors import InputError
 from patchreg.inference.initial import starting_points
@@ -99,6 +99,8 @@ def register(
     settings = refinement or Refinement()
     clock, ranks = _Clock(), Ranks(group)
     target = find_device(device)
+    if ranks.group is not None:
+        check_sends_from(target, ranks.group)
     if target.type == "cuda":
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(target)
@@ -255,7 +257,7 @@ def _affine(
     tried: list[_Start] = []
     for name, start in starts:
         found = cascade.register(fixed, moving, start, "affine", seed=seed, progress=progress).affine
-        found = _alike(found, fixed.volume.grid)
+        found = _alike(found, shared_grid([fixed, moving]))
         if kind == "rigid":
             found = _rigid(found, start, fixed)
         agreement = contrast_agreement(fixed, moving, found, settings.affine_spacing_mm)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchreg.cascade import Prepared
+from patchreg.cascade import Prepared, shared_grid
 from patchreg.errors import InputError
 from patchreg.losses import LNCC, Diffusion, MutualInformation
 from patchreg.spatial import Affine, Composite, DisplacementField, Grid, MappedGrid, Transform, deformable_part
@@ -126,7 +126,7 @@ def refine_affine(
         optimizer.step()
         if progress:
             progress("refining the affine map", step + 1, settings.affine_iterations)
-    return Affine(fixed.volume.grid.alike(best))
+    return Affine(shared_grid([fixed, moving]).alike(best))
 
 
 def _matrix(p: Tensor, radius: float, center: Tensor) -> Tensor:
@@ -236,6 +236,7 @@ def contrast_agreement(fixed: Prepared, moving: Prepared, transform: Transform, 
         r = covariance / (variances[0] * variances[1] + 1e-5).sqrt()
         inside = torch.stack([mean((x > 0.05).float()) >= 0.9 for x in images]).all(dim=0)
         r = r[inside] if bool(inside.any()) else r
+        grid = shared_grid([fixed, moving])
         return float(grid.alike((r * r.abs()).sum() / r.square().sum().clamp(min=1e-12)))
 
 
@@ -245,5 +246,6 @@ def similarity(
     """How alike the images are through a transform: mean LNCC, or mutual information in nats; larger is better."""
     level = _Level(fixed, moving, spacing_mm, settings.margin_mm, torch.device("cpu"))
     with torch.no_grad():
-        value = float(level.grid.alike(level.measure(settings.loss(), transform.on(level.grid))))
+        found = level.measure(settings.loss(), transform.on(level.grid))
+        value = float(shared_grid([fixed, moving]).alike(found))
     return 1 - value if settings.similarity == "lncc" else -value

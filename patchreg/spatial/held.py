@@ -110,7 +110,7 @@ class Held:
         Returns:
             (1, C, i, j, k), on the image's device.
         """
-        affine, scale = index_map(onto, onto.for_part(matrix), self.whole)
+        affine, scale = index_map(onto, onto.for_part(matrix.to(image.device)), self.whole)
         return ops.warp(
             onto.for_part(image),
             None if displacement_mm is None else displacement_mm.to(image.device),
@@ -189,5 +189,5 @@ def mean_of_blocks(x: Tensor, factors: Shape3, padding: list[int]) -> Tensor:
 
 def index_map(onto: Grid, matrix: Tensor, target: Grid) -> tuple[Tensor, Tensor]:
     """``[A | t]`` (3, 4) from voxels of ``onto``, and ``S`` (3, 3) from mm, to voxels of ``target``."""
-    inverse = torch.linalg.inv(target.affine)
-    return (inverse @ matrix @ onto.affine)[:3], inverse[:3, :3]
+    inverse, affine = (m.to(matrix.device) for m in (torch.linalg.inv(target.affine), onto.affine))
+    return (inverse @ matrix @ affine)[:3], inverse[:3, :3]

@@ -68,7 +68,7 @@ class MappedGrid:
         """The points after a further affine map, (4, 4) world to world."""
         d = self.displacement_mm
         if d is not None:
-            d = apply_linear(self.grid.for_part(matrix)[:3, :3], d)
+            d = apply_linear(self.grid.for_part(matrix.to(d.device))[:3, :3], d)
         return replace(self, matrix=matrix @ self.matrix, displacement_mm=d)
 
     def then_field(self, grid: Grid, displacement_mm: Tensor, padding: Padding) -> MappedGrid:

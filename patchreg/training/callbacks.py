@@ -127,7 +127,7 @@ class TransformWriter(BasePredictionWriter):
 
     def __init__(self, folder: str = "predictions") -> None:
         super().__init__(write_interval="batch")
-        self.folder = folder
+        self.folder, self._written = folder, 0
 
     def write_on_batch_end(
         self,
@@ -141,8 +141,10 @@ class TransformWriter(BasePredictionWriter):
     ) -> None:
         root = run_folder(trainer) / self.folder
         share = trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        for offset, (pair, result) in enumerate(prediction):
-            number = share["num_replicas"] * (batch_idx * len(prediction) + offset) + share["rank"]
+        self._written = 0 if batch_idx == 0 else self._written
+        for pair, result in prediction:
+            number = share["num_replicas"] * self._written + share["rank"]
+            self._written += 1
             transform = collapse(result.transform, pair.fixed.grid.whole)
             if getattr(trainer.strategy, "grid_rank", 0) == 0:  # of the ranks that share a pair one writes
                 with staged_file(root / f"{number:04d}.h5") as path:

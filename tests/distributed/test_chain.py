@@ -72,6 +72,7 @@ def module(stop_gradients, repeats=1):
     torch.manual_seed(1)
     stages = [
         Stage(KeypointAffine((4, 8), (8,), 8), "affine", 16),
+        Stage(KeypointAffine((4, 8), (8,), 8), "affine", 16, repeats=2),
         Stage(Pointwise(), "displacement", spacing="image", repeats=repeats),
         Stage(Pointwise(0.3), "velocity", 16, spacing=2.0, patches=2),
     ]

@@ -224,6 +224,12 @@ REFUSED = {
     "blocks": (lambda x: x.unflatten(2, (-1, 2)), "view"),
     "joined with itself": (lambda x: torch.cat([x, x], 2), "cat"),
     "numbers of its own": (lambda x: x + torch.arange(x.shape[2])[:, None, None], "add"),
+    "a position": (lambda x: x + torch.ones(x.shape[2]).cumsum(0)[:, None, None], "add"),
+    "a count": (
+        lambda x: x / F.conv3d(torch.ones(1, 1, *x.shape[2:]), torch.ones(1, 1, 3, 1, 1), padding=(1, 0, 0)),
+        "div",
+    ),
+    "a frame": (lambda x: x * F.pad(x.new_ones(x.shape[2] - 2), (1, 1))[:, None, None], "mul"),
     "a grid": (lambda x: F.grid_sample(x, torch.zeros(1, 4, 4, 4, 3), align_corners=False), "grid_sampler"),
     "noise": (lambda x: x + torch.randn_like(x), "randn_like"),
     "noise of a shape": (lambda x: x + torch.randn(x.shape), "add"),

@@ -191,7 +191,15 @@ def test_overlap(pool, moving_dim):
 def test_cuts_are_aligned_where_that_costs_little():
     assert partition_of((160, 192, 224), 4).sizes == (56,) * 4
     assert partition_of((160, 160, 160), 4).sizes == (40,) * 4
-    assert partition_of((160, 160, 160), 3).sizes == (56, 56, 48)
+    assert partition_of((160, 160, 160), 3).sizes == (56, 52, 52)
     assert partition_of((100, 10, 10), 4).sizes == (26, 26, 24, 24)
     assert partition_of((7, 7, 7), 4) is None
     assert partition_of((512, 512, 512), 4).sizes == (128,) * 4
+
+
+def test_slabs_are_alike_whatever_the_numbers():
+    for ranks in (2, 3, 8, 16, 32, 64, 100):
+        for total in (*range(2 * ranks, 12 * ranks), 488, 496, 994, 2016):
+            found = partition_of((total, 2, 2), ranks, 2)
+            if total >= 2 * ranks:
+                assert max(found.sizes) - min(found.sizes) <= max(1, 0.1 * total / ranks), (ranks, total, found.sizes)

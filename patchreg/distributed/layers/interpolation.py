@@ -87,10 +87,10 @@ def _along(
     at = [place - first for place in places[low:high]]
     below = [math.floor(place) for place in at]
     shares = [place - lower for place, lower in zip(at, below, strict=True)]
-    if below == list(range(end - first)) and not any(shares):
+    if list(places) == list(range(total)):  # not what holds for this rank alone: all must do the same
         return x
     lower = x.index_select(scope.dim, torch.tensor(below, device=x.device))
-    if not any(shares):
+    if all(place == math.floor(place) for place in places):
         return lower
     upper = x.index_select(scope.dim, torch.tensor([min(n + 1, end - first - 1) for n in below], device=x.device))
     return torch.lerp(lower, upper, x.new_tensor(shares).view(-1, *[1] * (4 - scope.dim)))

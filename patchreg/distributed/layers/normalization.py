@@ -51,6 +51,8 @@ def group_norm(
     """``F.group_norm`` on slabs; see :func:`instance_norm`."""
     if scope.layout.of(total) is None:
         return F.group_norm(x, groups, weight, bias, eps)
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as autocast has it in one process
     return _normalize(x, weight, bias, Pool(groups), eps, scope, total)[0]
 
 

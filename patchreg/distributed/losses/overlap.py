@@ -112,8 +112,9 @@ def label_sums(
         facts.tensor("fixed_labels", fixed_labels, output.dim)
         facts.tensor("displacement", displacement, output.dim)
         facts.tensor("affine", affine)
-        whole = torch.eye(3, 4, dtype=torch.float64) if affine is None else affine.to("cpu", torch.float64)
-        motion = Motion(displacement, whole[None].detach().to(moving_labels.device), None)
+        whole = torch.eye(3, 4, dtype=torch.float64) if affine is None else affine
+        whole = whole.to(moving_labels.device, torch.float64)  # where its gradient is added up, among all others
+        motion = Motion(displacement, whole[None].detach(), None)
         i, j, k = fixed_labels.shape[2:]
         if partition is not None:
             origin = origin_of(output.starts[rank], output.dim)
@@ -123,15 +124,15 @@ def label_sums(
     if partition is not None:
         plan = Plan(partition, everybodys_planes(facts.gathered, partition, output, ranks))
         seen, first = fetch(moving_labels, plan, ranks).wait(), plan.wants[rank][0]
-    matrix = torch.cat([share(whole, ranks), torch.tensor([[0.0, 0, 0, 1]], dtype=torch.float64)])
+    matrix = torch.cat([share(whole, ranks), whole.new_tensor([[0.0, 0, 0, 1]])])
     starts = output.starts[rank], first
     both, sizes = torch.zeros(2, len(labels), dtype=torch.float64, device=fixed_labels.device)
     for b in range(fixed_labels.shape[0] if fixed_labels.numel() else 0):
         u = None if displacement is None else displacement[b : b + 1]
         shared, each = _sums(fixed_labels[b], seen[b], labels, u, matrix, output.dim, starts)
         both, sizes = both + shared, sizes + each
-    if displacement is not None and displacement.numel() == 0:
-        both = both + displacement.sum()  # nothing, but whatever made it takes part in the backward pass on all ranks
+    if displacement is not None and not both.requires_grad:  # no planes, or none that reach the moving labels
+        both = both + 0 * displacement.sum()  # but whatever made it takes part in the backward pass on all ranks
     both, sizes = add_up(torch.stack([both, sizes]), ranks)
     return both + 0 * matrix.sum().to(both.device), sizes  # all ranks add up the gradient of the affine map
 
