@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -28,8 +27,6 @@ from patchreg.spatial import Grid, Volume
 from patchreg.spatial.held import Box, index_map
 from patchreg.spatial.pooling import Blocks
 from patchreg.types import Interpolation, Padding, Shape3
-
-log = logging.getLogger(__name__)
 
 BLOCK = 32
 """Planes on whose multiples an image is cut at best, so that networks that halve it five times find it cut alike."""
