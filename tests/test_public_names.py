@@ -21,7 +21,7 @@ INVENTORY = {
         "ESPCN", "Elongated", "KeypointAffine", "ReversibleBlock", "ReversibleConvBlock", "ReversibleSequence", "SwinSize", "TransMorph",
         "TransMorphAffine", "UNet", "VoxelMorph", "elongate",
     ],
-    "patchreg.cascade": ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Result", "Stage", "StageOutput"],
+    "patchreg.cascade": ["Normalization", "PatchCascade", "Prepared", "PreparedPair", "Result", "Stage", "StageOutput", "shared_grid"],
     "patchreg.datasets": [
         "BRAIN_LABELS", "ManifestDataModule", "Pair", "PairDataModule", "SuperResolutionDataModule", "Synthesis", "SynthesisDataModule", "WorldAugmentation", "phantom",
     ],

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from patchreg.distributed import layers  # noqa: F401  registers every sharded layer
+from patchreg.distributed.layers import register_all
 from patchreg.distributed.layers.base import RULES
 from patchreg.distributed.tracing import look_ahead
 
@@ -28,6 +28,7 @@ def convert_sharded(network: Network) -> Network:
     Returns:
         The network itself.
     """
+    register_all()
     for module in network.modules():
         if type(module) in RULES:
             module.__class__ = RULES[type(module)]

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from ranks.comparison import error, limit, random
 
 from patchreg.distributed import Partition
+from patchreg.distributed.layers import register_all
 from patchreg.distributed.layers.base import RULES
 from patchreg.distributed.layers.tokens import shared_windows
 from patchreg.distributed.layout import Layout
@@ -36,6 +37,7 @@ def compared(group, layer, grid, sizes, dim, dtype=torch.float64):
 
     scope = Scope(Layout(Partition(sizes, dim)), group)
     total = grid[dim - 2]
+    register_all()
     layer.to(dtype).__class__ = RULES[type(layer)]
     scope.totals[layer] = (total,)
     x = scope.part(whole.detach().to(dtype), dim - 1).clone().requires_grad_()

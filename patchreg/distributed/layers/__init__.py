@@ -1,10 +1,15 @@
-"""Layers of networks on slabs of a volume.
+"""Layers of networks on slabs of a volume."""
 
-Importing the package registers every one: see :data:`patchreg.distributed.layers.base.RULES`.
-"""
-
+import functools
 import importlib
 import pkgutil
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+
+@functools.cache
+def register_all() -> None:
+    """Import every layer, which fills :data:`patchreg.distributed.layers.base.RULES`.
+
+    Not with the package: the layers of all networks need what those networks need, and some uses need no network.
+    """
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
