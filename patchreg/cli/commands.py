@@ -24,7 +24,7 @@ def add_register(parsers: Subparsers) -> None:
         "register",
         help="register two images",
         description="Find the transform from a fixed to a moving image, and write it with the moved image, the displacement, "
-        "its inverse, a summary and a report. Images may be NIfTI, MGH, NRRD or MetaImage, of any size, spacing and orientation; "
+        "its inverse, a summary and a report. Images may be NIfTI, MGH, NRRD, MetaImage or OME-Zarr, of any size, spacing and orientation; "
         "no preprocessing is needed.",
     )
     p.add_argument("--fixed", type=Path, required=True, metavar="F", help="image whose space the result lies in")
